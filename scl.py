@@ -1,0 +1,400 @@
+"""DOC"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (Clock, Clustering, Meter, Parser, Run, Split, autocast, baselines, batches,
+                    beside, check_sizes, cluster_scores, color_jitter, cosine_lr, describe, embed,
+                    evaluate, fast_dtype, fetch, generator, heatmap, kmeans, load_dataset,
+                    normalise, number, pick_device, pixel_statistics, print_scores,
+                    random_grayscale, random_resized_crop, resnet18, run_script, save_picture,
+                    save_views, set_lr, step, subset, to_device)
+
+# ------------------------------------------------------------------------------------------------
+# 1. The loss
+
+
+def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
+    """L_sem = -mean_i log  sum_{j in {o_i} u P_i} e_ij
+                           / ( sum_{j in {o_i} u P_i} e_ij + sum_{j: c_j != c_i} e_ij )
+
+    e_ij        exp(s_ij / tau); similarity s (B, N): cosines of B anchors to N candidates, the
+                rows of the memory or the other images of the batch
+    own         o (B,): the candidate that shows the anchor's own image; its cluster is c_i
+    clusters    c (N,): integer cluster of each candidate
+    positives   k: P_i are the k most similar other members of the own cluster, or all where there
+                are fewer. Members beyond P_i are neither pulled nor pushed
+
+    -> scalar >= 0, lower is better. With c_j = j it is instance discrimination: ln N when all are
+    equally similar. With one cluster nothing is pushed and it is exactly 0."""
+    s = similarity / tau                                                        # BxN
+    same = clusters == clusters[own][:, None]                                   # BxN
+    pulled = torch.zeros_like(same).scatter(1, own[:, None], True)
+    if positives:
+        others = s.detach().masked_fill(~same | pulled, -math.inf)
+        nearest = others.topk(min(positives, s.shape[1]), 1).indices            # Bxk
+        pulled = pulled.scatter(1, nearest, True) & same           # & same: fewer than k members
+    numerator = s.masked_fill(~pulled, -math.inf).logsumexp(1)
+    denominator = s.masked_fill(~pulled & same, -math.inf).logsumexp(1)
+    return (denominator - numerator).mean()
+
+
+def visual_prediction(similarity, clusters, k, tau, own=None, vote="sum"):
+    """pv_ic = sum_{j: c_j = c} exp(s_ij / tau) / sum_j exp(s_ij / tau)
+
+    The cluster of an image by what it looks like: the share of its similarity to the memory that
+    falls to the members of each cluster. similarity s (B, N), clusters c (N,) in 0..k-1; own (B,):
+    rows of the images themselves, which get no vote. vote "mean": the sum of each cluster is
+    divided by its size, then all by their total (D5). -> (B, k), rows sum to 1; an empty cluster
+    gets 0."""
+    s, members = similarity / tau, F.one_hot(clusters, k).to(similarity.dtype)  # BxN, Nxk
+    if own is not None:
+        s = s.scatter(1, own[:, None], -math.inf)
+    if vote == "mean":
+        members = members / members.sum(0).clamp(min=1)
+    votes = s.softmax(1) @ members                                              # Bxk
+    return votes / votes.sum(1, keepdim=True)
+
+
+def consistency_loss(pv, ps):
+    """L_con = -mean_i log sum_k pv_ik ps_ik
+
+    pv, ps: (B, K) probabilities, the visual and the boundary prediction. -> scalar >= 0, lower is
+    better: 0 only where both are one-hot and agree, ln K where either is uniform; at most 18.4, by
+    the 1e-8 that keeps it finite where both are sure and differ."""
+    return -((pv * ps).sum(1) + 1e-8).log().mean()
+
+
+def balance_loss(ps):
+    """L_bal = ln K - H(mean_i ps_i),   H(q) = -sum_k q_k ln q_k
+
+    ps: (B, K) probabilities. -> scalar in [0, ln K], lower is better: 0 when the batch uses all
+    clusters equally, ln K when every image is in one cluster."""
+    usage = ps.mean(0)                                                          # K
+    return math.log(ps.shape[1]) - torch.special.entr(usage).sum()
+
+
+def update_memory(memory, own, x, momentum):
+    """m_i <- normalise(momentum m_i + (1 - momentum) x_i),   for i in own
+
+    memory (N, D), x (B, D): unit rows; own (B,): their rows of the memory, all different. -> the
+    new memory, without gradient. Momentum 0 keeps the newest embeddings, 1 the oldest."""
+    mixed = momentum * memory[own] + (1 - momentum) * x.detach()
+    return memory.index_copy(0, own, F.normalize(mixed, dim=1))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The network
+
+class Network(nn.Module):
+    """Backbone f, head g, classifier W. Images (B, 3, H, W) -> x (B, 128), logits (B, K)"""
+
+    def __init__(self, backbone, features, clusters, dim=128):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.Linear(features, 512, bias=False), nn.BatchNorm1d(512),
+                                  nn.ReLU(), nn.Linear(512, dim))
+        self.classifier = nn.Linear(features, clusters)
+
+    def embedding(self, h):
+        """Features (B, 8w) -> x (B, 128), of unit length; float32 from here on."""
+        return F.normalize(self.head(h).float(), dim=1)
+
+    def forward(self, images):
+        h = self.backbone(images)
+        return self.embedding(h), self.classifier(h).float()
+
+
+def fit_classifier(classifier, h, clusters, decay=1e-3):
+    """Give W the boundaries of the clusters, by logistic regression, in place (D4). h (N, 8w)
+    features, clusters (N,)."""
+    mean, std = h.mean(0), h.std(0).clamp(min=1e-6)
+    x = (h - mean) / std
+    w = x.new_zeros(x.shape[1] + 1, classifier.out_features).requires_grad_()
+    solver = torch.optim.LBFGS([w], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ w[1:] + w[0], clusters) + decay * w[1:].square().sum()
+        loss.backward()
+        return loss
+    solver.step(closure)
+    with torch.no_grad():                                          # undo the standardising
+        classifier.weight.copy_((w[1:] / std[:, None]).t())
+        classifier.bias.copy_(w[0] - mean / std @ w[1:])
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The views, and the data of --split all
+
+def make_views(size, crop, jitter, gray, statistics):
+    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D5)"""
+    def view(x, rng):
+        x = random_resized_crop(x, size, (crop, 1), rng)           # and flip, p .5
+        x = color_jitter(x, .8 * jitter, .8 * jitter, .8 * jitter, .2 * jitter, rng, p=.8)
+        return normalise(random_grayscale(x, gray, rng), statistics)
+    return lambda x, rng: (view(x, rng), view(x, rng))
+
+
+def together(data):
+    """Train and test as one split, to learn from and to be scored on. Where there are labels, the
+    images without one are left out (STL-10's unlabelled part): they could not be scored."""
+    def kept(split):
+        if split.labels is None:
+            return split
+        rows = (split.labels >= 0).nonzero().flatten()
+        return Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
+    if not data.has_test:
+        return data
+    a, b = kept(data.train), kept(data.test)
+    both = Split(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]) if data.classes
+                 else None, a.names + b.names)
+    return data._replace(train=both, test=both)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Hyper-parameters
+
+DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
+    "shapes": dict(epochs=20, batch_size=64, width=16, stem_stride=2, crop=.4, jitter=1.),
+}
+
+
+def parse(argv=None):
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    # The same in all four scripts.
+    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, cifar20, fashion-mnist, "
+        "stl10, tiny-imagenet, imagenet10, imagenet-dogs, or the path of a folder of images")
+    add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
+        "imagenet-dogs the ImageNet folder")
+    add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's own")
+    add("--train-size", type=number(int, 2), help="learn from this many images, a balanced part")
+    add("--clusters", type=number(int, 2), help="clusters to report; else the number of classes")
+    add("--epochs", type=number(int, 1), default=200, help="passes over the training images")
+    add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
+    add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate")
+    add("--weight-decay", type=number(float, 0), default=1e-4, help="L2 weight decay")
+    add("--width", type=number(int, 1, 512), default=64, help="channels of ResNet-18's first stage")
+    add("--stem-stride", type=number(int, 1, 2), default=1, help="2: a cheaper stem for laptops")
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
+    add("--resume", action="store_true", help="continue the run in the run folder")
+    add("--compile", action="store_true", help="torch.compile the network; slower to start")
+    # The method's own.
+    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
+    add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
+    add("--split", choices=("train", "all"), default="train", help="train: learn from it, scored "
+        "on test; all: learn from both and scored on both, as most of this literature does")
+    add("--warmup", type=number(float, 0, 1), default=.7, help="share of the epochs before there "
+        "are clusters: instance discrimination")
+    add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: all "
+        "other images stay negatives; with --alpha 0 the baseline")
+    add("--positives", type=number(int, 0), default=20, help="k, size of P_i; 0: none")
+    add("--alpha", type=number(float, 0), default=1., help="a, weight of L_con; 0: no classifier, "
+        "no balance, clusters by the visual prediction alone")
+    add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
+    add("--vote", choices=("sum", "mean"), default="mean", help="of the members of a cluster, in "
+        "the visual prediction (D5)")
+    add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
+    add("--memory-tau", type=number(float, 0, above=True), default=.1, help="T, of the memory")
+    add("--memory-weight", type=number(float, 0), default=.1, help="w, of L_sem with the memory")
+    add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
+    add("--assign", choices=("visual", "boundary", "both"), default="both", help="the prediction "
+        "that gives clusters.csv and the pictures; both: their product")
+    dataset = parser.parse_known_args(argv)[0].dataset
+    parser.set_defaults(**DEFAULTS.get(dataset, {}))
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Training
+
+def losses(x, logits, own, memory, clusters, args):
+    """Embeddings (2B, 128) and logits (2B, K) of both views, their rows own (B,) of the memory
+    (N, 128), its clusters (N,) or None in the warm-up -> L, {its terms}, pv, ps: the algorithm in
+    one place."""
+    own = torch.cat([own, own])                                                 # 2B
+    twin = torch.arange(len(x), device=x.device).roll(len(x) // 2)              # the other view
+    similarity = x @ memory.t()                                                 # 2BxN, once for all
+    c = clusters
+    if c is None or args.contrast == "instance":                   # each image is its own cluster
+        c = torch.arange(len(memory), device=x.device)
+    batch = semantic_contrastive_loss(x @ x.t(), twin, c[own], args.tau)
+    bank = semantic_contrastive_loss(similarity, own, c, args.memory_tau, args.positives)
+    loss, terms = batch + args.memory_weight * bank, {"batch": batch, "memory": bank}
+    if clusters is None:
+        return loss, terms, None, None
+    pv = visual_prediction(similarity, clusters, logits.shape[1], args.memory_tau, own,
+                           args.vote)
+    ps = logits.softmax(1)
+    if args.alpha:
+        terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(ps)
+        loss = loss + args.alpha * terms["consistency"] + args.beta * terms["balance"]
+    return loss, terms, pv.detach(), ps.detach()
+
+
+def consensus(pv, ps, args):
+    """Where both predictions agree: c_i = argmax_k pv_ik ps_ik. (B, K) each -> (B,)"""
+    return (pv * ps if args.alpha else pv).argmax(1)
+
+
+def hand_over(net, images, index, memory, k, statistics, seed, device):
+    """The end of the warm-up: first clusters, and a W that knows them (D4). -> clusters (N,)"""
+    clusters = kmeans(memory, k, seed)[0]
+    h = embed(net.backbone, images[index.to(images.device)], statistics, device)
+    fit_classifier(net.classifier, h, clusters)
+    return clusters
+
+
+def final_clusterings(net, train_h, test_h, memory, clusters, args):
+    """{prediction: Clustering} of un-augmented images, by features (N, 8w) and (M, 8w)."""
+    found = {}
+    for name in ("visual", "boundary", "both") if args.alpha else ("visual",):
+        sure = []
+        for h in (train_h, test_h):
+            k = net.classifier.out_features
+            pv = torch.cat([visual_prediction(x @ memory.t(), clusters, k, args.memory_tau,
+                                              vote=args.vote)
+                            for x in net.embedding(h).split(1024)])
+            ps = net.classifier(h).softmax(1)
+            p = {"visual": pv, "boundary": ps, "both": F.normalize(pv * ps + 1e-12, p=1, dim=1)}
+            sure.append(p[name].cpu().max(1))
+        found[name] = Clustering(*(s.indices for s in sure), *(s.values for s in sure))
+    return found
+
+
+def save_agreement(path, joints):
+    """visual x boundary prediction, in the first and the last epoch with clusters, as shares of
+    rows; and for each cluster the share on which both agree, epoch by epoch."""
+    shares = {e: m / m.sum(1, keepdim=True).clamp(min=1) for e, m in joints.items()}
+    agree = {e: (m.trace() / m.sum()).item() for e, m in joints.items()}
+    save_picture(path, beside(
+        *(heatmap(shares[e], limit=1, title=f"visual x boundary, epoch {e}: {agree[e]:.0%} agree")
+          for e in (min(joints, key=int), max(joints, key=int))),
+        heatmap(torch.stack([m.diagonal() for m in shares.values()], 1), limit=1,
+                columns=list(shares), title="agreement of each cluster, by epoch")))
+
+
+@torch.no_grad()
+def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
+           device):
+    """Scores of the frozen network and of the predictions beside two baselines; pictures."""
+    k = net.classifier.out_features
+    table = baselines(data, untrained, statistics, k, args.seed, index, device)
+    train_h = embed(net.backbone, data.train.images, statistics, device)
+    test_h = embed(net.backbone, data.test.images, statistics, device) if data.has_test else train_h
+    with torch.enable_grad():                                      # the probe is trained
+        table["k-means, features"], found = evaluate(train_h, test_h, data, k, args.seed, index)
+    net.eval()
+    table["k-means, embedding"], _ = evaluate(net.embedding(train_h), net.embedding(test_h), data,
+                                              k, args.seed, index, probe=False)
+    if clusters is not None:
+        finals = final_clusterings(net, train_h, test_h, memory, clusters, args)
+        found = finals.get(args.assign, finals["visual"])
+        if data.classes:
+            seen = data.train.labels >= 0
+            over = data.has_test and k > len(data.classes)         # K > C clusters: a vote of train
+            for name, this in finals.items():
+                votes = (data.train.labels[seen], this.train[seen]) if over else None
+                table[f"scl, {name}"] = cluster_scores(data.test.labels, this.test, votes)
+        save_agreement(run.folder / "agreement.png", joints)
+    if data.classes:
+        print_scores(table, data)
+    raw = fetch(data.train.images, index[:8], torch.device("cpu"))
+    fed = views(raw, generator(args.seed, 0, "picture"))
+    save_views(run.folder / "views.png", raw, fed, statistics)
+    run.finish(table, net.backbone, found)
+
+
+def train(args):
+    # 1. The data, checked before anything is written.
+    device = pick_device(args.device)
+    data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    data = together(data) if args.split == "all" else data
+    n, size = len(data.train.images), data.train.images.shape[-1]
+    index = subset(data.train.labels, n, 1, args.train_size, args.seed)
+    k = check_sizes(args, data, len(index))
+    with Run(args, "scl", data) as run:
+        # 2. Network, memory and optimizer, and the state of an interrupted run.
+        torch.manual_seed(args.seed)
+        backbone = resnet18(size, args.width, args.stem_stride)
+        net = Network(backbone, 8 * args.width, k).to(device)
+        untrained = copy.deepcopy(net.backbone)                    # a baseline of the report
+        optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay,
+                                     fused=True)
+        images = to_device(data.train.images, device)
+        statistics = pixel_statistics(data.train.images)
+        views = make_views(size, args.crop, args.jitter, args.gray, statistics)
+        row = torch.zeros(n, dtype=torch.int64)                    # image -> its row of the memory
+        row[index] = torch.arange(len(index))
+        saved = run.load()
+        if saved:
+            net.load_state_dict(saved["net"])
+            optimizer.load_state_dict(saved["optimizer"])
+        else:
+            rng = generator(args.seed, 0, "memory")
+            memory = F.normalize(torch.randn(len(index), 128, generator=rng), dim=1)
+            saved = {"memory": memory, "clusters": None, "joints": {}}
+        memory, clusters, joints = saved["memory"].to(device), saved["clusters"], saved["joints"]
+        clusters = clusters if clusters is None else clusters.to(device)
+        forward = torch.compile(net) if args.compile else net
+        print(f"scl on {data.name} ({args.split}): {len(index):,} images, "
+              f"{describe(backbone, size)}; {device}, {fast_dtype(device)}; {run.folder}")
+        # 3. Epochs: first instance discrimination, then, from epoch `warm` on, with clusters.
+        per_epoch, warm = len(index) // args.batch_size, round(args.warmup * args.epochs)
+        clock = Clock(device)
+        for epoch in range(run.epoch, args.epochs):
+            if epoch == warm and (args.alpha or args.contrast == "semantic"):
+                clusters = hand_over(net, images, index, memory, k, statistics, args.seed, device)
+            first, last = (0, warm) if epoch < warm else (warm, args.epochs)
+            steps, before = (last - first) * per_epoch, clusters
+            meter = Meter(f"scl, epoch {epoch + 1}", optimizer, per_epoch)
+            joint = torch.zeros(k * k, dtype=torch.int64, device=device)        # pv x ps
+            rng = generator(args.seed, epoch, "views")
+            for i, (part, x1, x2) in enumerate(
+                    batches(images, index, args.batch_size, views, rng, device, clock)):
+                at, own = (epoch - first) * per_epoch + i, row[part].to(device)
+                set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
+                with autocast(device):                             # one pass: BatchNorm sees both
+                    x, logits = forward(torch.cat([x1, x2]))                    # 2Bx128, 2BxK
+                loss, terms, pv, ps = losses(x, logits, own, memory, clusters, args)
+                step(optimizer, loss)
+                meter.add(loss=loss, **terms)
+                x = F.normalize(sum(x.detach().chunk(2)), dim=1)                # Bx128
+                memory = update_memory(memory, own, x, args.momentum)
+                if clusters is not None:                           # refreshed in every step
+                    pv, ps = sum(pv.chunk(2)) / 2, sum(ps.chunk(2)) / 2         # BxK
+                    clusters = clusters.index_copy(0, own, consensus(pv, ps, args))
+                    pair = pv.argmax(1) * k + ps.argmax(1)
+                    joint += torch.bincount(pair, minlength=k * k)
+            # 4. The epoch's line: a collapse is seen when it happens.
+            record = meter.means()
+            if clusters is not None:
+                joints[str(epoch + 1)] = joint = joint.view(k, k).int().cpu()
+                sizes = torch.bincount(clusters, minlength=k) / len(clusters)
+                record["agreement"] = (joint.trace() / joint.sum()).item()
+                record["moved"] = (clusters != before).float().mean().item()
+                record["clusters"] = int((sizes > 0).sum())
+                record["largest"] = sizes.max().item()
+            run.end_epoch(record, per_epoch * args.batch_size, clock, optimizer, {
+                "net": net.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory,
+                "clusters": clusters, "joints": joints})
+            if record.get("largest", 0) > .5:
+                print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
+        # 5. The report. Labels are used from here on and never before.
+        report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
+               device)
+
+
+def main(argv=None):
+    run_script(train, parse(argv))
+
+
+if __name__ == "__main__":
+    main()

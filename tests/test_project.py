@@ -1,0 +1,90 @@
+"""Promises about the whole repository: flags, README, layout."""
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [name for name in ("scan", "identitize", "mask_mix", "scl") if (ROOT / f"{name}.py").exists()]
+COMMANDS = [line.strip() for line in re.findall(r"^.*python (?:\w+)\.py.*$", (ROOT / "README.md").read_text(), re.M)]
+
+
+def readme_commands():
+    """(script, arguments) of every command in the README's code blocks."""
+    found = []
+    for block in re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        for line in block.splitlines():
+            match = re.search(r"python (\w+)\.py(.*)", line.split("#")[0])
+            if match and match[1] in SCRIPTS:
+                found.append((match[1], shlex.split(match[2])))
+    return found
+
+
+def test_the_readme_shows_commands():
+    assert len(readme_commands()) >= 3
+
+
+@pytest.mark.parametrize("script, arguments", readme_commands())
+def test_every_command_of_the_readme_is_understood_by_its_script(script, arguments):
+    args = importlib.import_module(script).parse(arguments)
+    assert args.epochs >= 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_somewhere(script):
+    module = importlib.import_module(script)
+    flags = set(vars(module.parse([])))
+    read = set()
+    for file in (f"{script}.py", "common.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
+                if getattr(node.value, "id", getattr(node.value, "attr", "")) == "args":
+                    read.add(node.attr)
+    assert flags <= read, f"never read: {flags - read}"
+
+
+SHARED = ("dataset data_dir image_size train_size clusters epochs batch_size lr weight_decay width stem_stride seed "
+          "device out resume compile").split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_flags_have_the_same_type_and_help_everywhere(script):
+    def flags(name):
+        source = (ROOT / f"{name}.py").read_text()
+        calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "add"]
+        table = {}
+        for call in calls:
+            options = {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg != "default"}
+            table[call.args[0].value.lstrip("-").replace("-", "_")] = options
+        return table
+    reference, mine = flags("identitize"), flags(script)
+    assert [f for f in mine if f in SHARED] == SHARED
+    assert {f: mine[f] for f in SHARED} == {f: reference[f] for f in SHARED}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_line_is_longer_than_100_columns_and_no_function_than_60_lines(script):
+    source = (ROOT / f"{script}.py").read_text()
+    assert max(map(len, source.splitlines())) <= 100
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name != "parse":
+            assert node.end_lineno - node.lineno < (90 if node.name == "train" else 60), node.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_with_common_alone_in_an_empty_folder_runs(script, tmp_path):
+    import subprocess
+    import sys
+    for file in (f"{script}.py", "common.py"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--dataset" in done.stdout
+
+
+def test_common_has_no_paper_in_it():
+    source = (ROOT / "common.py").read_text()
+    assert not re.search(r"\b(import|from) (scan|identitize|mask_mix|scl)\b", source)
+    assert not re.search(r"cross_entropy|log_softmax", source.replace("F.cross_entropy(x @ w", ""))    # but the probe

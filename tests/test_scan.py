@@ -1,0 +1,413 @@
+"""scan.py: its three losses, its augmentations, its mining, and a short run of all three steps."""
+import csv
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+import common
+import scan
+
+torch.set_num_threads(1)
+
+
+def logits(*shape, seed=0, scale=2.):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- the SCAN loss, Eq. (2)
+
+def test_scan_loss_is_the_printed_sum():
+    a, n, lam = logits(6, 4), logits(6, 4, seed=1), 5.
+    p, q = a.softmax(1).tolist(), n.softmax(1).tolist()
+    consistency = -sum(math.log(sum(p[i][c] * q[i][c] for c in range(4))) for i in range(6)) / 6
+    mean = [sum(p[i][c] for i in range(6)) / 6 for c in range(4)]
+    negative_entropy = sum(m * math.log(m) for m in mean)
+    total, first, entropy = scan.scan_loss(a, n, lam)
+    assert math.isclose(first.item(), consistency, rel_tol=1e-12)
+    assert math.isclose(entropy.item(), -negative_entropy, rel_tol=1e-12)
+    assert math.isclose(total.item(), consistency + lam * negative_entropy, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("k, value", [(10, -9.2103), (20, -11.9829)])
+def test_scan_loss_of_undecided_clusters_is_minus_four_ln_k(k, value):
+    # consistency = -ln(k / k^2) = ln k, entropy = ln k: ln k - 5 ln k
+    total, consistency, entropy = scan.scan_loss(torch.zeros(8, k), torch.zeros(8, k), 5.)
+    assert abs(total.item() - value) < 1e-3
+    assert abs(consistency.item() - math.log(k)) < 1e-5 and abs(entropy.item() - math.log(k)) < 1e-5
+
+
+def test_scan_loss_is_lowest_when_neighbours_agree_surely_and_clusters_are_equal():
+    sure = 1e4 * torch.eye(10).repeat(3, 1)
+    assert abs(scan.scan_loss(sure, sure, 5.)[0].item() + 5 * math.log(10)) < 1e-4
+    for seed in range(5):
+        assert scan.scan_loss(logits(30, 10, seed=seed), logits(30, 10, seed=seed + 9), 5.)[0] > -5 * math.log(10)
+
+
+def test_scan_loss_of_one_single_cluster_is_zero():
+    one = torch.zeros(8, 10)
+    one[:, 3] = 1e4                                                # agrees, but entropy 0
+    assert scan.scan_loss(one, one, 5.)[0].abs() < 1e-6
+
+
+def test_scan_loss_does_not_care_for_the_names_of_clusters_or_the_order_of_images():
+    a, n = logits(9, 5), logits(9, 5, seed=1)
+    rows, columns = torch.randperm(9), torch.randperm(5)
+    expected = scan.scan_loss(a, n, 5.)[0]
+    assert torch.allclose(scan.scan_loss(a[:, columns], n[:, columns], 5.)[0], expected)
+    assert torch.allclose(scan.scan_loss(a[rows], n[rows], 5.)[0], expected)
+
+
+def test_gradients_of_the_scan_loss_flow_through_both_arguments_and_are_right():
+    a, n = logits(4, 3).requires_grad_(), logits(4, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, n: scan.scan_loss(a, n, 5.)[0], (a, n))
+    scan.scan_loss(a, n, 5.)[0].backward()
+    assert a.grad.abs().min() > 0 and n.grad.abs().min() > 0
+
+
+def test_losses_stay_finite_at_extreme_logits():
+    a, n = 1e4 * logits(8, 5).sign().float(), -1e4 * logits(8, 5).sign().float()
+    for loss in (lambda a, n: scan.scan_loss(a, n, 5.)[0], lambda a, n: scan.self_label_loss(a, n, .99)[0]):
+        x, y = a.clone().requires_grad_(), n.clone().requires_grad_()
+        value = loss(x, y)
+        value.backward()
+        assert value.isfinite() and y.grad.isfinite().all()
+        assert x.grad is None or x.grad.isfinite().all()
+
+
+# ---- NT-Xent
+
+def naive_nt_xent(z1, z2, tau):
+    """The one-sided sum: anchors of view 1 against 2B - 1 others."""
+    total = 0.
+    for i in range(len(z1)):
+        others = [math.exp(float(z1[i] @ z2[j]) / tau) for j in range(len(z2))]
+        others += [math.exp(float(z1[i] @ z1[j]) / tau) for j in range(len(z1)) if j != i]
+        total -= math.log(others[i] / sum(others))
+    return total / len(z1)
+
+
+def test_nt_xent_is_the_naive_sum_in_both_forms():
+    z1, z2 = (F.normalize(logits(5, 3, seed=s), dim=1) for s in (0, 1))
+    assert math.isclose(scan.nt_xent_loss(z1, z2, .1).item(), naive_nt_xent(z1, z2, .1), rel_tol=1e-10)
+    both = (naive_nt_xent(z1, z2, .1) + naive_nt_xent(z2, z1, .1)) / 2
+    assert math.isclose(scan.nt_xent_loss(z1, z2, .1, symmetric=True).item(), both, rel_tol=1e-10)
+
+
+def test_nt_xent_at_its_extremes():
+    same = F.normalize(torch.ones(8, 16), dim=1)
+    assert abs(scan.nt_xent_loss(same, same, .1).item() - math.log(15)) < 1e-5            # ln(2B - 1)
+    z = torch.eye(8)                                               # ln(1 + 14 e^-10)
+    assert abs(scan.nt_xent_loss(z, z, .1).item() - math.log1p(14 * math.exp(-10))) < 1e-6
+
+
+def test_only_the_symmetric_nt_xent_ignores_the_order_of_the_views():
+    z1, z2 = (F.normalize(logits(5, 3, seed=s), dim=1) for s in (0, 1))
+    assert torch.allclose(scan.nt_xent_loss(z1, z2, .1, True), scan.nt_xent_loss(z2, z1, .1, True))
+    assert not torch.allclose(scan.nt_xent_loss(z1, z2, .1), scan.nt_xent_loss(z2, z1, .1))
+
+
+# ---- self-labelling
+
+def test_self_label_loss_is_cross_entropy_weighted_inversely_to_the_cluster_counts():
+    weak, strong = logits(40, 4, scale=6.), logits(40, 4, seed=1)
+    sure, label = weak.softmax(1).max(1)
+    kept = sure > .9
+    present = label[kept].unique()
+    macro = sum(F.cross_entropy(strong[kept & (label == c)], label[kept & (label == c)]) for c in present) / len(present)
+    weight = 1 / torch.bincount(label[kept], minlength=4).clamp(min=1).double()
+    loss, count = scan.self_label_loss(weak, strong, .9)
+    assert 0 < count == kept.sum() < 40
+    assert torch.allclose(loss, macro)
+    assert torch.allclose(loss, F.cross_entropy(strong[kept], label[kept], weight))
+
+
+def test_the_threshold_is_strict():
+    weak = torch.zeros(1, 2)                                       # maximum .5, exactly
+    assert scan.self_label_loss(weak, weak, .5)[1] == 0
+    assert scan.self_label_loss(weak, weak, .4999)[1] == 1
+
+
+def test_without_a_confident_image_the_loss_and_its_gradient_are_zero():
+    strong = logits(8, 4).requires_grad_()
+    loss, count = scan.self_label_loss(torch.zeros(8, 4), strong, .99)
+    loss.backward()
+    assert loss == 0 and count == 0 and (strong.grad == 0).all()
+
+
+def test_no_gradient_reaches_the_weak_view():
+    weak, strong = logits(8, 4, scale=9.).requires_grad_(), logits(8, 4, seed=1).requires_grad_()
+    scan.self_label_loss(weak, strong, .5)[0].backward()
+    assert weak.grad is None and strong.grad.abs().sum() > 0
+    assert torch.autograd.gradcheck(lambda s: scan.self_label_loss(weak, s, .5)[0], strong)
+
+
+@pytest.mark.parametrize("loss", [scan.nt_xent_loss, scan.scan_loss, scan.self_label_loss])
+def test_each_loss_runs_when_pasted_alone(loss):
+    names = {"torch": torch, "F": F, "math": math}
+    exec(inspect.getsource(loss), names)
+    a, b = (F.normalize(logits(6, 4, seed=s), dim=1) for s in (0, 1))
+    pasted, here = names[loss.__name__](a, b, .1), loss(a, b, .1)
+    assert torch.equal(torch.hstack(pasted if isinstance(pasted, tuple) else [pasted]),
+                       torch.hstack(here if isinstance(here, tuple) else [here]))
+
+
+# ---- mining
+
+def test_mining_finds_what_brute_force_finds_and_never_the_image_itself():
+    z = F.normalize(logits(50, 8), dim=1)
+    z[7] = z[3]                                                    # twins: still not themselves
+    found = scan.mine(z, 5)
+    assert found.shape == (50, 6) and torch.equal(found[:, 0], torch.arange(50))
+    for i in range(50):
+        others = sorted((j for j in range(50) if j != i), key=lambda j: -float(z[i] @ z[j]))
+        assert set(found[i, 1:].tolist()) == set(others[:5])
+    assert found[7, 1] == 3 and found[3, 1] == 7
+
+
+def test_without_neighbours_an_image_has_itself_alone():
+    assert torch.equal(scan.mine(F.normalize(logits(5, 3), dim=1), 0), torch.arange(5)[:, None])
+
+
+def test_true_neighbours_all_have_the_label_of_their_anchor():
+    labels = torch.arange(60) % 3
+    near = scan.mine(F.normalize(logits(60, 4), dim=1), 8)
+    kept = scan.only_true(near, labels)
+    assert (labels[kept] == labels[:, None]).all() and torch.equal(kept[:, 0], near[:, 0])
+    for before, after in zip(near.tolist(), kept.tolist()):        # all the right ones, no other
+        assert set(after) == {j for j in before if labels[j] == labels[before[0]]}
+
+
+def test_full_loss_is_the_mean_over_all_pairs_of_an_image_and_a_neighbour():
+    out, near = logits(20, 2, 3), scan.mine(F.normalize(logits(20, 4), dim=1), 4)
+    p = out.softmax(2)
+    for h in range(2):
+        pairs = [-math.log(float(p[i, h] @ p[j, h])) for i in range(20) for j in near[i].tolist()]
+        mean = p[:, h].mean(0)
+        total, consistency, entropy = scan.full_loss(out, near)[:, h].tolist()
+        assert math.isclose(consistency, np.mean(pairs), rel_tol=1e-9)
+        assert math.isclose(total, np.mean(pairs) + float((mean * mean.log()).sum()), rel_tol=1e-9)
+
+
+# ---- the strong augmentation: each operation against Pillow's own
+
+def pictures(n=6, size=32):
+    """Smooth random pictures, 8 bits: (n, 3, size, size) in [0, 1] and as PIL images."""
+    x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = (F.interpolate(x, (size, size), mode="bicubic").clamp(0, 1) * 200 + 20).round()
+    x[0, 1] = 77                                                   # a flat channel
+    return x / 255, [Image.fromarray(i.byte().permute(1, 2, 0).numpy()) for i in x]
+
+
+def affine(image, *matrix):
+    return image.transform(image.size, Image.AFFINE, matrix)
+
+
+PILLOW = {
+    "Identity": lambda i, m: i,
+    "AutoContrast": lambda i, m: ImageOps.autocontrast(i),
+    "Equalize": lambda i, m: ImageOps.equalize(i),
+    "Rotate": lambda i, m: i.rotate(m),
+    "Solarize": lambda i, m: ImageOps.solarize(i, m),
+    "Color": lambda i, m: ImageEnhance.Color(i).enhance(m),
+    "Contrast": lambda i, m: ImageEnhance.Contrast(i).enhance(m),
+    "Brightness": lambda i, m: ImageEnhance.Brightness(i).enhance(m),
+    "Sharpness": lambda i, m: ImageEnhance.Sharpness(i).enhance(m),
+    "ShearX": lambda i, m: affine(i, 1, m, 0, 0, 1, 0),
+    "ShearY": lambda i, m: affine(i, 1, 0, 0, m, 1, 0),
+    "TranslateX": lambda i, m: affine(i, 1, 0, m * i.size[0], 0, 1, 0),
+    "TranslateY": lambda i, m: affine(i, 1, 0, 0, 0, 1, m * i.size[1]),
+    "Posterize": lambda i, m: ImageOps.posterize(i, int(m)),
+}
+
+
+@pytest.mark.parametrize("name, operation, low, high", scan.OPERATIONS)
+def test_each_operation_is_pillows_with_a_magnitude_for_each_image(name, operation, low, high):
+    x, images = pictures()
+    place = torch.tensor([.03, .21, .48, .66, .87, .99])
+    magnitude = low + (high - low) * place
+    ours = (operation(x, magnitude[:, None, None, None]) * 255).round()
+    for i, image in enumerate(images):
+        theirs = torch.from_numpy(np.array(PILLOW[name](image, float(magnitude[i])))).permute(2, 0, 1)
+        off = (ours[i] - theirs).abs()
+        assert (off <= 2).float().mean() > .995, (name, i, off.max())   # Pillow truncates, and rounds ties its way
+
+
+def test_there_are_fourteen_operations_drawn_evenly():
+    assert [o[0] for o in scan.OPERATIONS] == list(PILLOW) and len(PILLOW) == 14
+
+
+def test_images_of_a_batch_are_augmented_differently_and_a_seed_repeats_them():
+    x = pictures(1)[0].repeat(40, 1, 1, 1)
+    one, two = (scan.random_operations(x, common.generator(0, 0, "a")) for _ in range(2))
+    assert torch.equal(one, two)
+    assert len({tuple(i.flatten().tolist()) for i in one}) > 35
+    assert one.min() >= 0 and one.max() <= 1
+
+
+def test_the_input_of_the_augmentation_is_left_alone():
+    x = pictures()[0]
+    before = x.clone()
+    scan.random_operations(x, common.generator(0, 0, "a"))
+    assert torch.equal(x, before)
+
+
+def test_cutout_is_one_square_clipped_at_the_border_and_its_size_is_that_of_each_image():
+    x = torch.ones(500, 3, 32, 32)
+    hole = scan.cutout(x, 16, common.generator(0, 0, "c"))[:, 0] == 0
+    rows, columns = hole.any(2).sum(1), hole.any(1).sum(1)
+    assert torch.equal(hole.flatten(1).sum(1), rows * columns)     # a rectangle
+    assert rows.max() == 16 and rows.min() == 1 and len(rows.unique()) == 16
+    inside = hole[:, 0].sum(1).eq(0) & hole[:, -1].sum(1).eq(0) & hole[:, :, 0].sum(1).eq(0) & hole[:, :, -1].sum(1).eq(0)
+    assert inside.sum() > 100 and torch.equal(rows[inside], columns[inside])
+
+
+def test_cutout_comes_after_normalising():
+    args = scan.parse(["--cutout", "16"])
+    statistics = (torch.full((1, 3, 1, 1), .2), torch.full((1, 3, 1, 1), .5))
+    view = scan.make_views(args, 32, statistics)["strong"](torch.rand(200, 3, 32, 32), common.generator(0, 0, "v"))
+    assert (view == 0).all(1).flatten(1).any(1).float().mean() > .95   # the mean colour; black would be -.4
+
+
+# ---- the script
+
+TINY = ["--width", "2", "--image-size", "16", "--train-size", "200", "--batch-size", "64", "--epochs", "2",
+        "--cluster-epochs", "2", "--cluster-batch", "50", "--self-label-epochs", "2", "--self-label-batch", "100",
+        "--threshold", ".11", "--neighbours", "5", "--device", "cpu"]
+
+
+def run(out, *more):
+    scan.train(scan.parse([*TINY, "--out", str(out), *more]))
+    return common.load_checked(out / "checkpoint.pt")
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_pictures_and_rows_for_all_steps(tmp_path):
+    run(tmp_path / "a")
+    left = {f.name for f in (tmp_path / "a").iterdir()}
+    assert {"neighbours.png", "prototypes.png", "confusion.png", "views.png", "backbone.pt", "clusters.csv"} <= left
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert {"raw pixels", "pretext + k-means", "SCAN loss", "+ self-label"} <= result["scores"].keys()
+    assert result["neighbour_accuracy"].keys() == {"top-1", "top-5"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies_after", [1, 2, 3, 4, 5])
+def test_a_run_killed_in_or_between_steps_resumes_bit_for_bit(tmp_path, monkeypatch, dies_after):
+    whole = run(tmp_path / "whole")
+    end = common.Run.end_epoch
+
+    def dying(self, *args):
+        end(self, *args)
+        if self.epoch == dies_after:
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "end_epoch", dying)
+        run(tmp_path / "cut")
+    resumed = run(tmp_path / "cut", "--resume")
+    assert same(whole["state"], resumed["state"])
+    assert (tmp_path / "whole" / "clusters.csv").read_text() == (tmp_path / "cut" / "clusters.csv").read_text()
+
+
+@pytest.mark.slow
+def test_labels_never_reach_the_training(tmp_path, monkeypatch):
+    true = run(tmp_path / "true", "--train-size", "5000", "--epochs", "1", "--batch-size", "1000")
+    load = scan.load_dataset
+
+    def shuffled(*args):
+        data = load(*args)
+        order = torch.randperm(len(data.train.labels))
+        return data._replace(train=data.train._replace(labels=data.train.labels[order]))
+    monkeypatch.setattr(scan, "load_dataset", shuffled)
+    false = run(tmp_path / "false", "--train-size", "5000", "--epochs", "1", "--batch-size", "1000")
+    assert same(true["state"]["net"], false["state"]["net"])
+
+
+@pytest.mark.slow
+def test_a_step_without_confident_images_is_skipped_and_counted(tmp_path):
+    state = run(tmp_path / "a", "--threshold", "1")
+    last = state["log"][-1]
+    assert last["skipped"] == 2 and last["confident"] == 0
+    # Skipped means that no weight moved: the weights are those handed over by step 2.
+    before = [r for r in state["log"] if r["stage"] == "cluster"]
+    assert len(before) == 2 and not any("exp_avg" in s for s in state["state"]["optimizer"]["state"].values())
+
+
+@pytest.mark.slow
+def test_more_clusters_than_classes_are_scored_by_majority_vote(tmp_path):
+    run(tmp_path / "a", "--clusters", "20", "--heads", "3", "--select", "test")
+    scores = json.loads((tmp_path / "a" / "result.json").read_text())["scores"]
+    assert scores["SCAN loss"]["rule"] == "majority vote"
+
+
+@pytest.mark.slow
+def test_a_pretext_file_is_loaded_strictly_and_a_foreign_one_refused(tmp_path, capsys):
+    run(tmp_path / "a")
+    file = str(tmp_path / "a" / "backbone.pt")
+    run(tmp_path / "b", "--pretext", file)
+    assert "tensors" in capsys.readouterr().out
+    for more, word in ((["--width", "4"], "width"), (["--stem-stride", "1"], "stem-stride"),
+                       (["--image-size", "32"], "image-size")):
+        with pytest.raises(common.UserError, match=word):
+            run(tmp_path / "c", "--pretext", file, *more)
+    weights = torch.load(file, weights_only=True)
+    weights.pop("layer2.0.bn1.weight")
+    torch.save(weights, tmp_path / "part.pt")
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    for name, word in (("part.pt", "layer2.0.bn1.weight"), ("broken.pt", ""), ("none.pt", "")):
+        with pytest.raises(common.UserError, match=word):
+            run(tmp_path / "d", "--pretext", str(tmp_path / name))
+
+
+def test_step_3_ends_on_a_plateau_of_the_confident_share():
+    log = [{"stage": "cluster"}] + [{"stage": "self-label", "confident": c} for c in (.5, .6, .7, .7, .7)]
+    assert scan.plateau(log, 2) and not scan.plateau(log, 3) and not scan.plateau(log, 0)
+
+
+@pytest.mark.slow
+def test_a_folder_without_labels_ends_with_a_sheet_for_each_cluster_and_no_score(tmp_path, capsys):
+    rng, photos = np.random.default_rng(0), tmp_path / "photos"
+    photos.mkdir()
+    for i in range(60):
+        mode = ("RGB", "L", "RGBA", "P")[i % 4]
+        pixels = rng.integers(0, 256, (30 + i % 7, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(photos / f"{i}.png")
+    Image.fromarray(rng.integers(0, 65536, (40, 40), dtype=np.uint16)).save(photos / "deep.png")
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    scan.train(scan.parse(["--dataset", str(photos), "--data-dir", str(tmp_path), "--clusters", "3", "--width", "2",
+                           "--epochs", "1", "--cluster-epochs", "2", "--self-label-epochs", "1", "--out",
+                           str(tmp_path / "out"), "--device", "cpu"]))
+    text = capsys.readouterr().out
+    assert "ACC" not in text and "broken.jpg" in text and "Balance" in text and "Confidence" in text
+    with open(tmp_path / "out" / "clusters.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 61 and {r["image"] for r in rows} >= {"0.png", "deep.png"}
+    used = {int(r["cluster"]) for r in rows}
+    assert {f.name for f in (tmp_path / "out" / "sheets").iterdir()} == {f"cluster-{c:03}.png" for c in used}
+    assert not (tmp_path / "out" / "confusion.png").exists()
+
+
+def test_a_folder_without_labels_needs_the_number_of_clusters(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (32, 32), (i * 60, 0, 0)).save(tmp_path / f"{i}.png")
+    with pytest.raises(common.UserError, match="--clusters"):
+        scan.train(scan.parse(["--dataset", str(tmp_path), "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]))

@@ -1,0 +1,327 @@
+"""Backbone, learning rate, batches, the step that never takes in a NaN, and randomness."""
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+from common import Clock, Meter, NotFinite, batches, cosine_lr, generator, resnet18, step
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------
+# Backbone
+
+def test_at_width_64_the_weights_load_strictly_into_torchvisions_resnet18():
+    reference = torchvision.models.resnet18()
+    reference.fc = nn.Identity()
+    ours = resnet18(224)
+    reference.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (ours.eval()(x) - reference.eval()(x)).abs().max() < 1e-4
+
+
+def test_small_images_differ_from_torchvisions_resnet18_in_the_stem_alone():
+    shapes = {k: v.shape for k, v in torchvision.models.resnet18().state_dict().items()}
+    different = [k for k, v in resnet18(32).state_dict().items() if v.shape != shapes[k]]
+    assert different == ["conv1.weight"]
+
+
+@pytest.mark.parametrize("size, kernel, stride, pool", [
+    (28, 3, 1, False), (32, 3, 1, False), (64, 3, 1, False), (65, 3, 1, True), (96, 3, 1, True),
+    (128, 3, 1, True), (129, 7, 2, True), (224, 7, 2, True)])
+def test_the_stem_follows_the_image_size(size, kernel, stride, pool):
+    net = resnet18(size, width=4)
+    assert (net.conv1.kernel_size[0], net.conv1.stride[0]) == (kernel, stride)
+    assert isinstance(net.maxpool, nn.MaxPool2d) is pool
+    words = common.describe(net, size)
+    assert f"{kernel}x{kernel} stem" in words and ("without max-pool" in words) is not pool
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_features_are_eight_times_the_width(width):
+    net = resnet18(32, width).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 8 * width)
+
+
+def test_the_last_stage_sees_a_32_px_image_at_4_by_4_positions():
+    # 32 px; stem stride 1; stages of stride 1, 2, 2, 2: 32 / 8 = 4.
+    # ImageNet's stem would leave 1 x 1.
+    sizes = []
+    net = resnet18(32, width=2)
+    net.layer4.register_forward_hook(lambda module, x, y: sizes.append(y.shape[-1]))
+    net(torch.zeros(2, 3, 32, 32))
+    resnet18_imagenet = torchvision.models.resnet18()
+    resnet18_imagenet.layer4.register_forward_hook(lambda module, x, y: sizes.append(y.shape[-1]))
+    resnet18_imagenet(torch.zeros(2, 3, 32, 32))
+    assert sizes == [4, 1]
+
+
+def test_the_laptop_stem_halves_the_image():
+    assert resnet18(32, 4, stem_stride=2).conv1.stride == (2, 2)
+    assert "stride 2" in common.describe(resnet18(32, 4, stem_stride=2), 32)
+
+
+def test_convolutions_start_with_he_initialisation_at_every_width():
+    # Fan-out of a 3x3 convolution to 64 channels is 9 x 64: deviation sqrt(2 / 576) = .0589.
+    torch.manual_seed(0)
+    for width in (16, 64):
+        weight = resnet18(32, width).layer1[0].conv1.weight
+        assert abs(weight.std().item() / math.sqrt(2 / (9 * width)) - 1) < .1
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning rate, randomness
+
+def test_the_cosine_starts_at_one_and_ends_at_zero():
+    assert cosine_lr(0, 100) == 1
+    assert cosine_lr(50, 100) == pytest.approx(.5)
+    assert cosine_lr(25, 100) == pytest.approx((1 + math.sqrt(.5)) / 2)
+    assert cosine_lr(100, 100) == pytest.approx(0)
+    assert 0 < cosine_lr(99, 100) < .001                           # the last step that is taken
+
+
+def test_warm_up_rises_linearly_and_meets_the_cosine_at_one():
+    # Steps 0..3 of a warm-up of 4: 1/4, 2/4, 3/4, 4/4; step 4 is the first of the cosine: 1.
+    assert [cosine_lr(i, 100, warmup=4) for i in range(5)] == pytest.approx([.25, .5, .75, 1, 1])
+    assert cosine_lr(100, 100, warmup=4) == pytest.approx(0)
+    falling = [cosine_lr(i, 100, warmup=4) for i in range(4, 101)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_a_run_of_a_single_step_has_a_finite_learning_rate():
+    assert cosine_lr(0, 1) == 1 and cosine_lr(0, 0) == 1
+
+
+def test_parameter_groups_keep_their_own_factor():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "factor": 10}], lr=1)
+    common.set_lr(optimizer, .5)
+    assert [group["lr"] for group in optimizer.param_groups] == [.5, 5]
+
+
+def test_seed_epoch_and_purpose_each_change_the_random_numbers():
+    keys = [(seed, epoch, purpose) for seed in (0, 1, 11) for epoch in (0, 1, 11)
+            for purpose in ("views", "kmeans")]
+    draws = {key: torch.rand(8, generator=generator(*key)) for key in keys}
+    assert len({tuple(d.tolist()) for d in draws.values()}) == len(keys)
+    assert all(torch.equal(torch.rand(8, generator=generator(*key)), d) for key, d in draws.items())
+
+
+def test_streams_of_neighbouring_epochs_are_uncorrelated():
+    # 10,000 pairs: the correlation of independent numbers has deviation .01; five of them are .05.
+    a, b = (torch.rand(10_000, generator=generator(0, epoch, "views")) for epoch in (0, 1))
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < .05
+
+
+def test_an_unavailable_device_is_refused_in_one_line():
+    if torch.cuda.is_available():
+        assert common.pick_device("cuda").type == "cuda"
+    else:
+        with pytest.raises(common.UserError, match="no CUDA"):
+            common.pick_device("cuda")
+    assert common.pick_device("cpu") == CPU
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+def numbered(n):
+    """n images whose every pixel is the number of the image, and views that return it."""
+    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 2, 2).contiguous()
+
+
+def view_twice(x, rng):
+    return x, x + torch.rand(1, generator=rng)
+
+
+def one_epoch(n=50, batch_size=8, index=None, seed=0, views=view_twice):
+    index = torch.arange(n) if index is None else index
+    return list(batches(numbered(n), index, batch_size, views,
+                generator(seed, 0, "views"), CPU, Clock(CPU)))
+
+
+def test_an_epoch_visits_every_image_once():
+    seen = torch.cat([ids for ids, _, _ in one_epoch(n=48)])
+    assert sorted(seen.tolist()) == list(range(48))
+
+
+def test_only_whole_batches_are_given():
+    # 50 = 6 x 8 + 2: two images wait for another epoch, other ones each time.
+    assert [len(ids) for ids, _, _ in one_epoch(n=50)] == [8] * 6
+    left = [set(range(50)) - set(torch.cat([ids for ids, *_ in one_epoch(seed=s)]).tolist())
+                for s in (0, 1)]
+    assert left[0] != left[1] and all(len(out) == 2 for out in left)
+
+
+def test_every_view_is_a_view_of_the_image_of_its_index():
+    for ids, x1, _ in one_epoch():
+        assert torch.equal((x1[:, 0, 0, 0] * 255).round().long(), ids)
+
+
+def test_only_the_indexed_images_are_visited():
+    index = torch.tensor([3, 5, 8, 13, 21, 34])
+    assert set(torch.cat([ids for ids, *_ in one_epoch(batch_size=2,
+               index=index)]).tolist()) == set(index.tolist())
+
+
+def test_epochs_are_shuffled_by_the_generator_alone():
+    a, b, c = (torch.cat([ids for ids, *_ in one_epoch(seed=s)]) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(a, a.sort().values)
+
+
+def test_large_epochs_are_augmented_in_chunks_and_batches_do_not_straddle_them():
+    calls = []
+
+    def views(x, rng):
+        calls.append(len(x))
+        return (x,)
+    images = torch.zeros(1100, 3, 2, 2, dtype=torch.uint8)
+    made = list(
+    batches(
+        images,
+        torch.arange(1100),
+        100,
+        views,
+        generator(
+            0,
+            0,
+            ""),
+            CPU,
+             Clock(CPU)))
+    assert [len(ids) for ids, _ in made] == [100] * 11
+    assert sum(calls) == 1100 and all(n % 100 == 0 for n in calls) and len(calls) > 1
+
+
+def test_fewer_images_than_a_batch_give_no_batch():
+    assert one_epoch(n=5, batch_size=8) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# A step that is not finite
+
+def network(kind):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=.1, fused=True) if kind == "adam" else \
+        torch.optim.SGD(net.parameters(), lr=.1, momentum=.9, fused=True)
+    step(optimizer, net(torch.ones(3, 4)).square().mean())         # moments exist, all is well
+    return net, optimizer
+
+
+def state(net, optimizer):
+    moments = [v.clone() for s in optimizer.state.values()
+                       for v in s.values() if torch.is_tensor(v)]
+    return [p.detach().clone() for p in net.parameters()] + moments
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_good_step_changes_the_weights(kind):
+    net, optimizer = network(kind)
+    before = state(net, optimizer)
+    step(optimizer, net(torch.ones(3, 4)).square().mean())
+    assert not same(before, state(net, optimizer))
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_weights_and_moments_are_untouched_by_a_loss_that_is_not_finite(kind, poison):
+    net, optimizer = network(kind)
+    before = state(net, optimizer)
+    step(optimizer, net(torch.ones(3, 4)).square().mean() * poison)
+    assert same(before, state(net, optimizer))
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_weights_are_untouched_by_an_infinite_gradient_of_a_finite_loss(kind):
+    # d sqrt(x) / dx = inf at x = 0, where the loss itself is 0.
+    net, optimizer = network(kind)
+    before = state(net, optimizer)
+    loss = (net.weight * 0).sum().sqrt()
+    assert loss.isfinite()
+    step(optimizer, loss)
+    assert same(before, state(net, optimizer))
+
+
+def test_after_one_bad_step_no_later_good_step_is_taken_either():
+    # Without this the epoch would go on from weights that nobody knows a step was left out of.
+    net, optimizer = network("adam")
+    before = state(net, optimizer)
+    step(optimizer, net.weight.sum() * math.nan)
+    step(optimizer, net(torch.ones(3, 4)).square().mean())
+    assert same(before, state(net, optimizer))
+
+
+def test_the_guard_is_no_part_of_the_optimizers_saved_state():
+    net, optimizer = network("adam")
+    step(optimizer, net.weight.sum() * math.nan)
+    fresh = torch.optim.Adam(net.parameters(), lr=.1, fused=True)
+    fresh.load_state_dict(optimizer.state_dict())
+    before = state(net, fresh)
+    step(fresh, net(torch.ones(3, 4)).square().mean())
+    assert not same(before, state(net, fresh))
+
+
+def test_the_meter_averages_every_term_over_the_epoch():
+    _, optimizer = network("adam")
+    meter = Meter("method, epoch 1", optimizer, steps=120)
+    for i in range(120):                                           # read twice on the way
+        meter.add(loss=torch.tensor(float(i)), swap=torch.tensor(2.))
+    assert meter.means() == pytest.approx({"loss": 59.5, "swap": 2})    # (0 + ... + 119) / 120
+
+
+def test_a_nan_loss_is_reported_with_epoch_step_and_terms():
+    net, optimizer = network("adam")
+    meter = Meter("identitize, epoch 3", optimizer, steps=500)
+    with pytest.raises(NotFinite) as caught:
+        for i in range(500):
+            loss = net(torch.ones(3, 4)).square().mean() * (math.nan if i == 60 else 1)
+            step(optimizer, loss)
+            meter.add(loss=loss, swap=torch.tensor(2.))
+    words = str(caught.value)
+    assert "identitize, epoch 3" in words and "step 61" in words   # steps count from 1
+    assert "loss nan" in words and "swap 2" in words and "\n" not in words
+    assert i < 100                                                 # noticed on the way
+
+
+def test_a_term_that_is_not_finite_is_reported_even_if_the_loss_is():
+    _, optimizer = network("adam")
+    meter = Meter("scan, epoch 1", optimizer, steps=3)
+    meter.add(loss=torch.tensor(1.), entropy=torch.tensor(math.inf))
+    with pytest.raises(NotFinite, match="entropy inf"):
+        meter.means()
+
+
+def test_an_infinite_gradient_is_reported_although_every_loss_was_finite():
+    net, optimizer = network("adam")
+    meter = Meter("scan, epoch 1", optimizer, steps=1)
+    loss = (net.weight * 0).sum().sqrt()
+    step(optimizer, loss)
+    meter.add(loss=loss)
+    with pytest.raises(NotFinite, match="gradient"):
+        meter.means()
+
+
+def test_the_clock_separates_views_from_the_rest():
+    clock = Clock(CPU)
+    with clock():
+        torch.randn(200, 200) @ torch.randn(200, 200)
+    seconds, views = clock.read()
+    assert 0 < views < seconds
+    assert clock.read()[1] == 0                                    # reading starts anew
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3600, "1h00m"), (7322, "2h02m")])
+def test_times_are_written_for_people(seconds, text):
+    assert common.clock_text(seconds) == text

@@ -1,0 +1,320 @@
+"""The views: every primitive against torchvision's own kernel, image by image, within one level of
+255; then what a batch adds to them: a draw of its own for each image."""
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.stats import ks_2samp, kstest
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as TV
+
+import common
+
+LEVEL = 1 / 255
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n=24, side=32, seed=0):
+    """Noise, the hardest to resize; with white and black corners, grey images, saturated reds."""
+    x = torch.rand(n, 3, side, side, generator=rng(seed))
+    x[::4, :, :4, :4] = 1
+    x[1::4, :, :4, :4] = 0
+    x[2::4] = x[2::4, :1]
+    x[3::4, 0, 8:16] = 1
+    return x
+
+
+def per_image(values):
+    return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
+
+
+def boxes(n, side, seed=0):
+    """n random crop boxes of whole pixels inside side x side: top, left, height, width."""
+    g = rng(seed)
+    h, w = (torch.randint(side // 4, side + 1, (n,), generator=g).float() for _ in range(2))
+    top, left = ((torch.rand(n, generator=g) * (side - length + 1)).floor() for length in (h, w))
+    return top, left, h, w
+
+
+def drawn_boxes(n, scale, seed, flip=.5):
+    """(left, width, flipped) of n crops, read back from what they do to a ramp of column numbers.
+
+    Bilinear sampling of a ramp is exact, so output column j shows left + u w - 1/2 at
+    u = (j + 1/2) / 32, or at 1 - u in a mirrored crop: slope gives w, then one value gives left."""
+    ramp = torch.arange(32.).expand(n, 3, 32, 32)
+    row = common.random_resized_crop(ramp, 32, scale, rng(seed), flip=flip)[:, 0, 16]
+    slope = (row[:, 16] - row[:, 15]) * 32
+    u = torch.where(slope < 0, 16.5, 15.5) / 32
+    width = slope.abs()
+    return row[:, 15] + .5 - u * width, width, slope < 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Crops
+
+@pytest.mark.parametrize("side, size", [(32, 32), (64, 32), (28, 32), (48, 32), (32, 16), (24, 96)])
+def test_a_crop_equals_torchvisions_antialiased_resized_crop(side, size):
+    x, box = pictures(40, side), boxes(40, side)
+    ours = common.resized_crop(x, *box, size, torch.zeros(40))
+    for i, (top, left, h, w) in enumerate(torch.stack(box, 1).int().tolist()):
+        theirs = TV.resized_crop(x[i], top, left, h, w, [size, size], antialias=True)
+        assert (ours[i] - theirs).abs().max() < LEVEL, (i, top, left, h, w)
+
+
+@pytest.mark.parametrize("side, size", [(32, 32), (64, 32)])
+def test_a_flipped_crop_is_the_mirror_image_of_the_crop(side, size):
+    x, box = pictures(8, side), boxes(8, side)
+    plain = common.resized_crop(x, *box, size, torch.zeros(8))
+    flipped = common.resized_crop(x, *box, size, torch.ones(8))
+    assert (flipped - plain.flip(-1)).abs().max() < 1e-4
+
+
+def test_a_crop_of_the_whole_image_changes_nothing():
+    x, zero, side = pictures(8), torch.zeros(8), torch.full((8,), 32.)
+    assert (common.resized_crop(x, zero, zero, side, side, 32, zero) - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_crop_takes_nothing_from_outside_its_box(side):
+    # Inside the box all pixels are 0, outside all are 1. One leaked share of a pixel would show; an
+    # affine_grid without clamping leaks 31 levels of 255 here.
+    top, left, h, w = boxes(40, side)
+    y = torch.arange(side)[None, :, None]
+    x = torch.arange(side)[None, None, :]
+    a, b, c, d = (t[:, None, None] for t in (top, left, top + h, left + w))
+    outside = ~((y >= a) & (y < c) & (x >= b) & (x < d))
+    image = outside[:, None].expand(-1, 3, -1, -1).float()
+    assert common.resized_crop(image, top, left, h, w, 32, torch.zeros(40)).max() < LEVEL / 20
+
+
+def test_shrinking_is_antialiased():
+    # A checkerboard of single pixels, shrunk to a third. Sampling would hit each third one: 0 or 1.
+    # The triangle filter weighs (1 2 3 2 1) / 9, on alternating signs (1 - 2 + 3 - 2 + 1) / 9 = 1/9
+    # in each direction: .5 +- .5 / 81; at the borders, where the filter is cut, a little more.
+    board = ((torch.arange(96)[:, None] + torch.arange(96)) % 2).float().expand(1, 3, -1, -1)
+    whole, zero = torch.tensor([96.]), torch.zeros(1)
+    small = common.resized_crop(board, zero, zero, whole, whole, 32, zero)
+    assert (small - .5).abs().max() < .05
+    assert abs((small[0, 0, 16, 16] - .5).abs().item() - .5 / 81) < 1e-4
+
+
+def test_every_image_of_a_batch_gets_its_own_crop():
+    x = pictures(1).expand(32, -1, -1, -1)
+    views = common.random_resized_crop(x, 32, (.2, 1), rng())
+    different = [(a - b).abs().max() > LEVEL for a, b in itertools.combinations(views, 2)]
+    assert all(different)
+
+
+@pytest.mark.parametrize("scale", [(.2, 1.), (.08, 1.), (.08, .3)])
+def test_crop_boxes_are_distributed_as_torchvisions(scale):
+    # Two-sample Kolmogorov-Smirnov tests of left edge, width and their area. Ratios to 4/3 do not
+    # always fit, so this also checks the ten tries before the whole image is taken.
+    n, image = 3000, torch.zeros(3, 32, 32)
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+                           for _ in range(n)]).float()             # top, left, height, width
+    left, width, _ = drawn_boxes(n, scale, seed=1)
+    assert (left - left.round()).abs().max() < .01 and (width - width.round()).abs().max() < .01
+    left, width = left.round(), width.round()
+    assert (left >= 0).all() and (left + width <= 32).all()
+    assert ks_2samp(left, theirs[:, 1]).pvalue > .01
+    assert ks_2samp(width, theirs[:, 3]).pvalue > .01
+    assert ks_2samp(left + width / 2, theirs[:, 1] + theirs[:, 3] / 2).pvalue > .01
+
+
+def test_areas_and_ratios_of_crops_are_distributed_as_torchvisions():
+    n, image = 3000, torch.zeros(3, 32, 32)
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, [.2, 1.], [3 / 4, 4 / 3])
+                           for _ in range(n)]).float()
+    # Both ramps at once: channel 0 counts columns, channel 1 rows. No flips: only |slope| is read.
+    ramp = torch.stack([torch.arange(32.).expand(32, 32), torch.arange(32.).expand(32, 32).t(),
+                        torch.zeros(32, 32)]).expand(n, -1, -1, -1)
+    view = common.random_resized_crop(ramp, 32, (.2, 1.), rng(2), flip=0)
+    w = ((view[:, 0, 16, 16] - view[:, 0, 16, 15]) * 32).round()
+    h = ((view[:, 1, 16, 16] - view[:, 1, 15, 16]) * 32).round()
+    area, ratio = theirs[:, 2] * theirs[:, 3], theirs[:, 3] / theirs[:, 2]
+    assert ks_2samp(w * h, area).pvalue > .01
+    assert ks_2samp((w / h).log(), ratio.log()).pvalue > .01
+    # Area is uniform in [.2, 1] of 1024 but for the boxes that do not fit: mean a little below .6.
+    assert .52 < (w * h).mean() / 1024 < .6
+
+
+def test_half_of_the_crops_are_mirrored_and_none_or_all_when_asked():
+    # 2000 fair coins: mean .5, standard deviation sqrt(.25 / 2000) = .011; four of them are .045.
+    assert abs(drawn_boxes(2000, (.2, 1), 3)[2].float().mean() - .5) < .045
+    assert not drawn_boxes(50, (.2, 1), 3, flip=0.)[2].any()
+    assert drawn_boxes(50, (.2, 1), 3, flip=1.)[2].all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Colours
+
+@pytest.mark.parametrize("ours, theirs", [
+    (common.adjust_brightness, TV.adjust_brightness), (common.adjust_contrast, TV.adjust_contrast),
+    (common.adjust_saturation, TV.adjust_saturation)])
+def test_brightness_contrast_and_saturation_equal_torchvisions(ours, theirs):
+    x, factors = pictures(), torch.linspace(0, 2, 24)
+    changed = ours(x, per_image(factors))
+    for image, factor, out in zip(x, factors.tolist(), changed):
+        assert (out - theirs(image, factor)).abs().max() < LEVEL
+    assert changed.min() >= 0 and changed.max() <= 1
+
+
+def test_hue_equals_torchvisions():
+    x, turns = pictures(), torch.linspace(-.5, .5, 24)
+    changed = common.adjust_hue(x, per_image(turns))
+    for image, turn, out in zip(x, turns.tolist(), changed):
+        assert (out - TV.adjust_hue(image, turn)).abs().max() < LEVEL
+
+
+def test_a_third_of_a_turn_of_hue_makes_red_green_and_green_blue():
+    red, green, blue = torch.eye(3).view(3, 1, 3, 1, 1)
+    third = per_image([1 / 3])
+    assert (common.adjust_hue(red, third) - green).abs().max() < 1e-5
+    assert (common.adjust_hue(green, third) - blue).abs().max() < 1e-5
+
+
+def test_hue_leaves_greys_alone_and_keeps_the_brightest_channels_value():
+    x = pictures()
+    turned = common.adjust_hue(x, per_image([.37] * 24))
+    assert (turned[2::4] - x[2::4]).abs().max() < 1e-6             # the grey ones
+    assert (turned.amax(1) - x.amax(1)).abs().max() < 1e-6         # V of HSV
+    assert (turned.amin(1) - x.amin(1)).abs().max() < 1e-5         # V - chroma
+
+
+@pytest.mark.parametrize("adjust, neutral", [
+    (common.adjust_brightness, 1), (common.adjust_contrast, 1), (common.adjust_saturation, 1),
+    (common.adjust_hue, 0), (common.adjust_hue, 1)])
+def test_the_neutral_factor_changes_nothing_and_inputs_are_never_written_to(adjust, neutral):
+    x = pictures()
+    before = x.clone()
+    assert (adjust(x, per_image([neutral] * 24)) - x).abs().max() < 1e-5
+    adjust(x, per_image([.3] * 24))
+    assert torch.equal(x, before)
+
+
+def test_color_jitter_is_torchvisions_four_adjustments_in_the_order_it_draws(monkeypatch):
+    # What is applied with which factors is written down; torchvision's kernels then do the same.
+    kernels, calls = {}, []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        ours = getattr(common, f"adjust_{name}")
+        kernels[name] = getattr(TV, f"adjust_{name}")
+        monkeypatch.setattr(common, f"adjust_{name}", lambda x, factor, name=name, ours=ours: (
+            calls.append((name, factor.flatten().tolist())), ours(x, factor))[1])
+    x = pictures(32)
+    out = common.color_jitter(x, .4, .4, .4, .1, rng(), p=1, groups=8)
+    # 8 runs of 4 images, 4 operations
+    assert len(calls) == 8 * 4
+    orders = set()
+    for i in range(32):
+        y, steps = x[i], calls[i // 4 * 4: i // 4 * 4 + 4]
+        for name, factors in steps:
+            y = kernels[name](y, factors[i % 4])
+        assert (out[i] - y).abs().max() < LEVEL
+        orders.add(tuple(name for name, _ in steps))
+    assert len(orders) > 2 and all(len(set(order)) == 4 for order in orders)
+
+
+def test_color_jitter_leaves_one_image_in_five_unchanged():
+    # p = .8 on 2000 images: standard deviation sqrt(.8 x .2 / 2000) = .009; four of them are .036.
+    x = torch.rand(2000, 3, 4, 4, generator=rng()) * .8 + .1
+    same = (common.color_jitter(x, .4, .4, .4, .1, rng(1), p=.8) - x).abs().amax((1, 2, 3)) < 1e-6
+    assert abs(same.float().mean() - .2) < .036
+    nothing = common.color_jitter(x, .4, .4, .4, .1, rng(1), p=0)
+    assert (nothing - x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("strength, low, high", [(.4, .6, 1.4), (1.5, 0, 2.5)])
+def test_jitter_factors_are_uniform_around_one_and_never_negative(strength, low, high):
+    # A constant grey of .3 times the factor, with nothing else on: the factor can be read off.
+    x = torch.full((3000, 3, 2, 2), .3)
+    factor = common.color_jitter(x, strength, 0, 0, 0, rng(), p=1)[:, 0, 0, 0] / .3
+    assert low <= factor.min() and factor.max() <= high + 1e-4
+    assert kstest(factor, "uniform", (low, high - low)).pvalue > .01
+
+
+def test_hue_shifts_are_uniform_around_zero():
+    # Red turned by h < 1/6 of a turn towards yellow has green = 6 h; towards magenta blue = 6 |h|.
+    red = torch.tensor([1., 0, 0]).view(1, 3, 1, 1).expand(3000, 3, 2, 2)
+    out = common.color_jitter(red, 0, 0, 0, .1, rng(), p=1)[:, :, 0, 0]
+    assert kstest((out[:, 1] - out[:, 2]) / 6, "uniform", (-.1, .2)).pvalue > .01
+
+
+def test_every_image_of_a_batch_gets_its_own_colours():
+    x = pictures(1).expand(32, -1, -1, -1)
+    views = common.color_jitter(x, .4, .4, .4, .1, rng(), p=1)
+    assert all((a - b).abs().max() > LEVEL for a, b in itertools.combinations(views, 2))
+
+
+def test_jitter_takes_batches_smaller_than_its_groups():
+    assert common.color_jitter(pictures(3), .4, .4, .4, .1, rng(), groups=8).shape == (3, 3, 32, 32)
+    assert common.color_jitter(pictures(1), .4, .4, .4, .1, rng(), groups=8).shape == (1, 3, 32, 32)
+
+
+def test_grey_images_equal_torchvisions():
+    x = pictures()
+    ours = common.random_grayscale(x, 1, rng())
+    for image, out in zip(x, ours):
+        assert (out - TV.rgb_to_grayscale(image, num_output_channels=3)).abs().max() < LEVEL
+    assert torch.equal(common.random_grayscale(x, 0, rng()), x)
+
+
+def test_one_image_in_five_becomes_grey():
+    x = torch.rand(2000, 3, 4, 4, generator=rng())
+    grey = common.random_grayscale(x, .2, rng(1))
+    became = (grey[:, 0] == grey[:, 2]).flatten(1).all(1)
+    assert abs(became.float().mean() - .2) < .036
+    assert torch.equal(grey[~became], x[~became])
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness, normalisation
+
+def recipe(x, g):
+    x = common.random_resized_crop(x, 32, (.2, 1), g)
+    return common.random_grayscale(common.color_jitter(x, .4, .4, .4, .1, g), .2, g)
+
+
+def test_the_same_seed_gives_the_same_views_and_another_seed_others():
+    x = pictures(16)
+    assert torch.equal(recipe(x, rng(5)), recipe(x, rng(5)))
+    assert not torch.equal(recipe(x, rng(5)), recipe(x, rng(6)))
+
+
+def test_two_views_from_one_generator_differ():
+    x, g = pictures(16), rng()
+    assert ((recipe(x, g) - recipe(x, g)).abs().amax((1, 2, 3)) > LEVEL).all()
+
+
+def test_views_do_not_touch_torchs_global_random_state():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    recipe(pictures(8), rng())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_views_stay_in_the_unit_interval_and_leave_the_images_alone():
+    x = pictures(64)
+    before = x.clone()
+    view = recipe(x, rng())
+    assert view.min() >= 0 and view.max() <= 1 + 1e-5 and math.isfinite(view.sum())
+    assert torch.equal(x, before)
+
+
+def test_normalised_pixels_have_mean_zero_and_deviation_one_in_each_channel():
+    images = torch.randint(0, 256, (50, 3, 8, 8), generator=rng(), dtype=torch.uint8)
+    images[:, 1] //= 3
+    out = common.normalise(images.float() / 255, common.pixel_statistics(images))
+    assert out.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (out.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_of_one_colour_are_normalised_to_finite_numbers():
+    images = torch.full((5, 3, 8, 8), 7, dtype=torch.uint8)        # std 0 would divide by zero
+    assert common.normalise(images.float() / 255, common.pixel_statistics(images)).isfinite().all()
