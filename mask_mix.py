@@ -313,7 +313,7 @@ def mixing_picture(online, target, images, views, args, statistics, device):
     v = views(raw, rng)[0]
     u = random_mask(v, args.mask_ratio, args.mask_grid, rng)
     lam = draw_mixing(len(some), args.mix_alpha, rng)[0].to(device)
-    h = embed(online.backbone, images[some.to(images.device)], statistics, device)
+    h = embed(online.backbone, images[some], statistics, device)
     online.eval()
     p = online.predict(mix_features(h, lam, partner), 2)
     t = embed(target or online, images, statistics, device)                     # Nx256
@@ -334,7 +334,7 @@ def mixing_picture(online, target, images, views, args, statistics, device):
 
 def report(args, run, data, online, target, untrained, index, clusters, statistics, views, device):
     """Scores of the frozen backbone beside two baselines; complete and masked images; pictures."""
-    images = to_device(data.train.images, device)
+    images = data.train.images
     for net in (online, target):
         if net is not None:
             reestimate_batchnorm(net, images, index, statistics, device)
@@ -357,7 +357,7 @@ def report(args, run, data, online, target, untrained, index, clusters, statisti
               ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
     save_picture(run.folder / "mixing.png", mixing_picture(
         online, target, images, views, args, statistics, device))
-    raw, rng = fetch(images, index[:8], device), generator(args.seed, 0, "picture")
+    raw, rng = fetch(images, index[:8], torch.device("cpu")), generator(args.seed, 0, "picture")
     fed = views(raw, rng)
     if args.mask_weight:
         fed += tuple(random_mask(x, args.mask_ratio, args.mask_grid, rng) for x in fed)

@@ -143,16 +143,17 @@ def cluster_heads(features, heads, clusters):
     return nn.Sequential(logits, nn.Unflatten(1, (heads, clusters)))
 
 
-def load_pretext(backbone, args, data):
-    """Load --pretext strictly: a tensor that is missing, left over or of another shape is refused,
-    and so is another dataset. Weights that silently stay random are a known accident here."""
+def read_pretext(backbone, args, data):
+    """-> weights of --pretext. Strict: a tensor that is missing, left over or of another shape is
+    refused, and so is another dataset. Weights that silently stay random are a known accident."""
     try:
         weights = load_checked(args.pretext)
         about = Path(args.pretext).with_name("result.json")
         made = json.loads(about.read_text()) if about.exists() else None
     except (OSError, Damaged, ValueError) as error:
         raise UserError(f"--pretext {args.pretext}: {error}") from None
-    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in dict(weights).items()}
+    weights = weights if isinstance(weights, dict) else {}
+    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
     own = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
     wrong = [k for k in {**own, **shapes} if own.get(k) != shapes.get(k)]
     if wrong:
@@ -165,9 +166,9 @@ def load_pretext(backbone, args, data):
         if theirs != value:
             raise UserError(f"--pretext {args.pretext}: it was made with --{key.replace('_', '-')} "
                             f"{theirs}, not {value}")
-    backbone.load_state_dict(weights, strict=True)
-    print(f"pretext: all {len(weights)} tensors of {args.pretext} loaded" + (
+    print(f"pretext: all {len(weights)} tensors of {args.pretext} fit" + (
         f", made by {made['method']}" if made else "; no result.json beside it tells its dataset"))
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def self_label(args, run, kept, net, images, labels, views, device):
     optimizer = torch.optim.Adam(net.parameters(), args.self_label_lr, fused=True,
                                  weight_decay=args.weight_decay)
     forward, clock = begin(args, kept, net, optimizer, device)
-    batch, clusters = min(args.self_label_batch, len(images)), len(kept["net"]["head.0.bias"])
+    batch = min(args.self_label_batch, len(images))
 
     def pair(x, rng):
         return views["none"](x, rng), views[args.self_label_views](x, rng)
@@ -516,9 +517,6 @@ def self_label(args, run, kept, net, images, labels, views, device):
             record["acc"] = cluster_scores(labels[seen], found[seen])["acc"]
         run.end_epoch(record, len(images) // batch * batch, clock, optimizer, {
             **kept, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
-        if record["clusters"] < clusters:
-            print(f"WARNING: {clusters - record['clusters']} of {clusters} clusters are empty, and "
-                  f"step 3 cannot bring them back: give step 2 more epochs, or lower --threshold")
 
 
 def scored(name, table, net, run, clusters, statistics, device):
@@ -529,6 +527,10 @@ def scored(name, table, net, run, clusters, statistics, device):
     p = [p[0], p[-1]]
     found = Clustering(*(q.indices.cpu() for q in p), *(q.values.cpu() for q in p))
     save_cluster_pictures(run.folder, data, found)
+    lost = clusters - len(found.train.unique())
+    if lost:
+        print(f"WARNING: {lost} of {clusters} clusters are empty after step {name}; step 3 cannot "
+              f"bring them back. Give step 2 more epochs, or ask for fewer --clusters")
     if data.classes:
         seen, over = data.train.labels >= 0, data.has_test and clusters > len(data.classes)
         votes = (data.train.labels[seen], found.train[seen]) if over else None
@@ -553,8 +555,9 @@ def hand_over(args, run, net, learn, labels, part, clusters, statistics, device)
     images, near = learn.cpu(), neighbours[shown, :6]              # a row each: image, five nearest
     save_picture(run.folder / "neighbours.png", beside(*(
         grid(images[column], 1, 64) for column in near.t())))
-    if labels is not None:
+    if data.classes:
         print_row("pretext + k-means", kept["table"]["pretext + k-means"]["kmeans"])
+    if data.classes and args.neighbours:
         right = (labels[neighbours[:, 1:]] == labels[:, None]).float()
         kept["neighbour_accuracy"] = {f"top-{k}": right[:, :k].mean().item() for k in (1, 5, 20)
                                       if k <= args.neighbours}
@@ -632,26 +635,27 @@ def train(args):
         raise UserError(f"--neighbours {args.neighbours}: an image has {len(part) - 1:,} others")
     if args.true_neighbours and labels is None:
         raise UserError(f"--true-neighbours needs labels, and {args.dataset} has none")
+    torch.manual_seed(args.seed)
+    backbone = resnet18(size, args.width, args.stem_stride)
+    weights = read_pretext(backbone, args, data) if args.pretext else None
     epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
     with Run(args, "scan", data, epochs) as run:
-        # 2. Network, and the state of an interrupted run.
-        torch.manual_seed(args.seed)
-        backbone = resnet18(size, args.width, args.stem_stride).to(device)
-        untrained = copy.deepcopy(backbone)                        # a baseline of the report
+        # 2. The network, and the state of an interrupted run.
+        backbone, untrained = backbone.to(device), copy.deepcopy(backbone).to(device)
+        if args.pretext:
+            backbone.load_state_dict(weights, strict=True)
         statistics = pixel_statistics(data.train.images)
         views = make_views(args, size, statistics)
-        images, learn = (to_device(data.train.images if len(i) == n else data.train.images[i],
-                                   device) for i in (index, part))
+        images = data.train.images if len(index) == n else data.train.images[index]
+        images = to_device(images, device)
+        learn = images if len(part) == len(index) else to_device(data.train.images[part], device)
         kept = run.load() or {"stage": "pretext"}
         print(f"scan on {data.name}: {len(part):,} images, {clusters} clusters, "
               f"{describe(backbone, size)}; {device}, {fast_dtype(device)}; {run.folder}")
         # 3. Step 1, and the neighbours.
         if kept["stage"] == "pretext":
-            if args.pretext:
-                load_pretext(backbone, args, data)
-                net = Network(backbone, nn.Identity())
-            else:
-                net = pretext(args, run, kept, backbone, images, views, device)
+            net = Network(backbone, nn.Identity()) if args.pretext else \
+                pretext(args, run, kept, backbone, images, views, device)
             kept = {"stage": "cluster", "began": run.epoch, **hand_over(
                 args, run, net, learn, labels, part, clusters, statistics, device)}
         # 4. Step 2. Its best head goes on alone.
