@@ -951,15 +951,15 @@ def kmeans(features, k, seed, restarts=5, iterations=100):
     uniform = torch.rand(restarts, k, generator=generator(seed, 0, "kmeans")).tolist()
     for first, *others in uniform:
         centre = x[int(first * n)][None]
-        nearest = (x - centre).square().sum(1)
+        nearest = (2 - 2 * x @ centre[0]).clamp_(min=0)            # squared, of unit vectors
         for u in others:                                           # the next: probability ~ d^2
             cumulative = nearest.double().cumsum(0)
             pick = torch.searchsorted(cumulative, u * cumulative[-1:]).clamp_(max=n - 1)
             centre = torch.cat([centre, x[pick]])
-            nearest = torch.minimum(nearest, (x - x[pick]).square().sum(1))
+            nearest = torch.minimum(nearest, (2 - 2 * x @ x[pick[0]]).clamp_(min=0))
         inertia = math.inf
         for _ in range(iterations):
-            assignment, distance = nearest_centroid(x, centre)
+            assignment, distance = nearest_centroid(x, centre)     # |x| = 1
             before, inertia = inertia, distance.sum().item()
             if before - inertia <= 1e-4 * inertia:
                 break
@@ -974,10 +974,10 @@ def kmeans(features, k, seed, restarts=5, iterations=100):
 
 
 def nearest_centroid(x, centre, chunk=16384):
-    """x (N, D), centre (K, D) -> (nearest centroid (N,), squared distance to it (N,))"""
+    """Unit vectors x (N, D), any centre (K, D) -> (nearest (N,), squared distance to it (N,))"""
     parts = [torch.addmm(centre.square().sum(1), part, centre.t(), alpha=-2).min(1)
              for part in x.split(chunk)]
-    distance = torch.cat([p.values for p in parts]) + x.square().sum(1)
+    distance = torch.cat([p.values for p in parts]) + 1
     return torch.cat([p.indices for p in parts]), distance.clamp_(min=0)
 
 
@@ -1080,7 +1080,7 @@ def protocol(data):
     """For each score: fitted on what, scored on what."""
     n, m = len(data.train.images), len(data.test.images)
     if data.has_test:
-        return {"k-means": f"fitted on train, scored on test ({m:,} images)",
+        return {"k-means": f"fitted on L2-normalised train features, scored on test ({m:,} images)",
                 "kNN": f"weighted, k 200, tau 0.1, bank train, scored on test ({m:,} images)",
                 "linear": f"logistic regression on frozen features of train, scored on test "
                           f"({m:,} images)",

@@ -182,7 +182,7 @@ def make_views(size, crop, jitter, gray, statistics):
 # 4. Hyper-parameters
 
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=40, batch_size=64, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6),
+    "shapes": dict(epochs=24, batch_size=32, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6),
 }
 
 
@@ -212,8 +212,9 @@ def parse(argv=None):
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
     add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
-    add("--clusters-head", type=number(int, 2), default=128, help="K, clusters in the loss")
-    add("--identity", choices=("square", "cross-entropy"), default="square", help="L_id (D2)")
+    add("--clusters-head", type=number(int, 2), default=64, help="K, clusters in the loss")
+    add("--identity", choices=("cross-entropy", "square"), default="cross-entropy",
+        help="how C is pushed to the identity (D2)")
     add("--lam", type=number(float, 0), default=.01, help="lam, weight of the off-diagonal, square")
     add("--temperature", type=number(float, 0, above=True), default=.25, help="t, cross-entropy")
     add("--mu", type=number(float, 0), help="mu, weight of L_id; else 10/K, for cross-entropy 1")

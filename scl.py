@@ -1,4 +1,66 @@
-"""DOC"""
+r"""SCL: deep clustering by semantic contrastive learning
+
+After: Jiabo Huang, Shaogang Gong. Deep Clustering by Semantic Contrastive Learning. BMVC 2022.
+arXiv 2103.02662
+
+This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written, so
+no formula here is quoted and no figure of the paper is claimed; what we chose is numbered (D1...).
+Someone with the paper at hand should be able to correct one function and keep the rest.
+
+The idea. Instance discrimination pushes every image away from every other, those of its own class
+too, so clusters found afterwards cut through classes. Here clusters are part of the training: an
+image is pushed away from the images of other clusters alone, and pulled to its neighbours in its
+own. Its cluster is predicted twice, by the images it resembles and by a classifier's boundaries; a
+loss makes the two agree. Where they agree is the cluster that the next step contrasts by.
+
+          view 1             .-> g -> x ---> against M: own row and P_i | other clusters    L_sem
+        /       \            |         |---> pv, votes of the members of each cluster --.
+    image        -> f -> h --+         '---> M, for the next steps                     agree  L_con
+        \       /            |                                                          |
+          view 2             '-> W --------> ps, even over the batch (L_bal) -----------+
+                                                                                        |
+          clusters c of the batch <- argmax_k pv ps, in every step <--------------------'
+
+    what the abstract says                            what stands here
+    instance discrimination is blind to classes, so   the warm-up and the baseline: --contrast
+      clusters found after it miss their boundaries     instance --alpha 0, k-means at the end
+    a cluster structure by distance, imposed by a     semantic_contrastive_loss: positives and
+      contrast that knows clusters                      negatives depend on the clusters
+    visual similarity of instances and boundaries     visual_prediction, Network.classifier,
+      between clusters have to be consistent            consistency_loss
+    hypotheses of the classes on the fly, by the      consensus, in every step
+      consensus of both
+
+    symbol    in the code       shape    meaning
+    h         h                 B x 8w   backbone features
+    x         x                 2B x 128 embeddings of both views, unit length
+    M, m_j    memory            N x 128  an embedding of each training image, unit length
+    s         similarity        2B x N   cosines x M^T, computed once in a step
+    c         clusters          N        cluster of each training image
+    P_i       positives         <= k     nearest rows of the memory in the own cluster
+    pv, ps    pv, ps            2B x K   visual and boundary prediction
+    W         classifier        K x 8w   on h
+    tau, T    --tau, --memory-tau        temperature in the batch; of the memory
+    w, a, b   --memory-weight, --alpha, --beta   L = L_sem + w L_sem(M) + a L_con + b L_bal
+
+Differences from the paper, as far as they can be known: choices of ours
+    D1  L_sem stands twice in L: between the two views of the batch (the own candidate is the other
+        view) and, with weight w, against the memory. With c_j = j the first is NT-Xent and the
+        second is instance discrimination with a memory bank.
+    D2  The first 70 % of the epochs are a warm-up with c_j = j; then the learning rate restarts.
+        The baseline keeps c_j = j to the end and restarts too.
+    D3  The first clusters come from k-means on the memory. It runs once; from there on consensus
+        moves every image in every step.
+    D4  W is fitted to the first clusters, by logistic regression, before it votes.
+    D5  Views: crop, flip, colour jitter, grey; no blur. Optimizer and schedule are ours.
+    D6  The members of a cluster vote with their mean, not with their sum (--vote sum), by which
+        large clusters win images for being large.
+    D7  The consensus asks how an image's row of the memory is voted, not its views of this step;
+        the losses use the views.
+    D8  b L_bal, an even use of the clusters by the batch, is not in the abstract.
+
+RESULT
+"""
 import copy
 import math
 
@@ -48,7 +110,7 @@ def visual_prediction(similarity, clusters, k, tau, own=None, vote="sum"):
     The cluster of an image by what it looks like: the share of its similarity to the memory that
     falls to the members of each cluster. similarity s (B, N), clusters c (N,) in 0..k-1; own (B,):
     rows of the images themselves, which get no vote. vote "mean": the sum of each cluster is
-    divided by its size, then all by their total (D5). -> (B, k), rows sum to 1; an empty cluster
+    divided by its size, then all by their total (D6). -> (B, k), rows sum to 1; an empty cluster
     gets 0."""
     s, members = similarity / tau, F.one_hot(clusters, k).to(similarity.dtype)  # BxN, Nxk
     if own is not None:
@@ -152,14 +214,14 @@ def together(data):
     a, b = kept(data.train), kept(data.test)
     both = Split(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]) if data.classes
                  else None, a.names + b.names)
-    return data._replace(train=both, test=both)
+    return data._replace(name=f"{data.name}-all", train=both, test=both)
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. Hyper-parameters
 
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=20, batch_size=64, width=16, stem_stride=2, crop=.4, jitter=1.),
+    "shapes": dict(epochs=10, batch_size=64, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6),
 }
 
 
@@ -200,13 +262,13 @@ def parse(argv=None):
         "no balance, clusters by the visual prediction alone")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
     add("--vote", choices=("sum", "mean"), default="mean", help="of the members of a cluster, in "
-        "the visual prediction (D5)")
+        "the visual prediction (D6)")
     add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
     add("--memory-tau", type=number(float, 0, above=True), default=.1, help="T, of the memory")
     add("--memory-weight", type=number(float, 0), default=.1, help="w, of L_sem with the memory")
     add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
-    add("--assign", choices=("visual", "boundary", "both"), default="both", help="the prediction "
-        "that gives clusters.csv and the pictures; both: their product")
+    add("--assign", choices=("visual", "boundary", "both"), default="visual", help="the "
+        "prediction that gives clusters.csv and the pictures; both: their product")
     dataset = parser.parse_known_args(argv)[0].dataset
     parser.set_defaults(**DEFAULTS.get(dataset, {}))
     return parser.parse_args(argv)
@@ -217,8 +279,8 @@ def parse(argv=None):
 
 def losses(x, logits, own, memory, clusters, args):
     """Embeddings (2B, 128) and logits (2B, K) of both views, their rows own (B,) of the memory
-    (N, 128), its clusters (N,) or None in the warm-up -> L, {its terms}, pv, ps: the algorithm in
-    one place."""
+    (N, 128), its clusters (N,), or None in the warm-up -> L, {its terms}: the algorithm in one
+    place."""
     own = torch.cat([own, own])                                                 # 2B
     twin = torch.arange(len(x), device=x.device).roll(len(x) // 2)              # the other view
     similarity = x @ memory.t()                                                 # 2BxN, once for all
@@ -228,25 +290,30 @@ def losses(x, logits, own, memory, clusters, args):
     batch = semantic_contrastive_loss(x @ x.t(), twin, c[own], args.tau)
     bank = semantic_contrastive_loss(similarity, own, c, args.memory_tau, args.positives)
     loss, terms = batch + args.memory_weight * bank, {"batch": batch, "memory": bank}
-    if clusters is None:
-        return loss, terms, None, None
-    pv = visual_prediction(similarity, clusters, logits.shape[1], args.memory_tau, own,
-                           args.vote)
-    ps = logits.softmax(1)
-    if args.alpha:
+    if clusters is not None and args.alpha:
+        k = logits.shape[1]
+        pv = visual_prediction(similarity, clusters, k, args.memory_tau, own, args.vote)
+        ps = logits.softmax(1)                                                  # 2BxK, as pv
         terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(ps)
         loss = loss + args.alpha * terms["consistency"] + args.beta * terms["balance"]
-    return loss, terms, pv.detach(), ps.detach()
+    return loss, terms
 
 
-def consensus(pv, ps, args):
-    """Where both predictions agree: c_i = argmax_k pv_ik ps_ik. (B, K) each -> (B,)"""
-    return (pv * ps if args.alpha else pv).argmax(1)
+@torch.no_grad()
+def consensus(memory, own, clusters, logits, args):
+    """Where both predictions agree: c_i = argmax_k pv_ik ps_ik. pv by the images' rows own (B,) of
+    the memory, calmer than their views (D7); ps the mean of both views, of logits (2B, K).
+    -> the new clusters (N,), and (B,) how both voted: pv's cluster * K + ps's"""
+    k = logits.shape[1]
+    pv = visual_prediction(memory[own] @ memory.t(), clusters, k, args.memory_tau, own, args.vote)
+    ps = sum(logits.softmax(1).chunk(2)) / 2                                    # BxK
+    agreed = (pv * ps if args.alpha else pv).argmax(1)
+    return clusters.index_copy(0, own, agreed), pv.argmax(1) * k + ps.argmax(1)
 
 
 def hand_over(net, images, index, memory, k, statistics, seed, device):
-    """The end of the warm-up: first clusters, and a W that knows them (D4). -> clusters (N,)"""
-    clusters = kmeans(memory, k, seed)[0]
+    """After the warm-up: first clusters (N,) (D3), which are returned, and a W that fits (D4)."""
+    clusters = kmeans(memory, k, seed, restarts=20)[0]             # with 5, seed 1 merged two shapes
     h = embed(net.backbone, images[index.to(images.device)], statistics, device)
     fit_classifier(net.classifier, h, clusters)
     return clusters
@@ -254,19 +321,17 @@ def hand_over(net, images, index, memory, k, statistics, seed, device):
 
 def final_clusterings(net, train_h, test_h, memory, clusters, args):
     """{prediction: Clustering} of un-augmented images, by features (N, 8w) and (M, 8w)."""
-    found = {}
-    for name in ("visual", "boundary", "both") if args.alpha else ("visual",):
-        sure = []
-        for h in (train_h, test_h):
-            k = net.classifier.out_features
-            pv = torch.cat([visual_prediction(x @ memory.t(), clusters, k, args.memory_tau,
-                                              vote=args.vote)
-                            for x in net.embedding(h).split(1024)])
-            ps = net.classifier(h).softmax(1)
-            p = {"visual": pv, "boundary": ps, "both": F.normalize(pv * ps + 1e-12, p=1, dim=1)}
-            sure.append(p[name].cpu().max(1))
-        found[name] = Clustering(*(s.indices for s in sure), *(s.values for s in sure))
-    return found
+    k, sure = net.classifier.out_features, []
+    for h in (train_h, test_h):
+        pv = torch.cat([visual_prediction(x @ memory.t(), clusters, k, args.memory_tau,
+                                          vote=args.vote)
+                        for x in net.embedding(h).split(1024)])                 # NxK
+        ps = net.classifier(h).softmax(1)                                       # NxK
+        both = F.normalize(pv * ps + 1e-12, p=1, dim=1)
+        sure.append([p.cpu().max(1) for p in (pv, ps, both)])
+    names = ("visual", "boundary", "both") if args.alpha else ("visual",)
+    return {name: Clustering(a.indices, b.indices, a.values, b.values)
+            for name, a, b in zip(names, *sure)}
 
 
 def save_agreement(path, joints):
@@ -285,7 +350,8 @@ def save_agreement(path, joints):
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
            device):
     """Scores of the frozen network and of the predictions beside two baselines; pictures."""
-    k = net.classifier.out_features
+    k, where = net.classifier.out_features, "test" if data.has_test else "the same split"
+    protocol = f"learned from {len(index):,} images of {args.split}, scored on {where}, last epoch"
     table = baselines(data, untrained, statistics, k, args.seed, index, device)
     train_h = embed(net.backbone, data.train.images, statistics, device)
     test_h = embed(net.backbone, data.test.images, statistics, device) if data.has_test else train_h
@@ -306,10 +372,11 @@ def report(args, run, data, net, untrained, index, memory, clusters, statistics,
         save_agreement(run.folder / "agreement.png", joints)
     if data.classes:
         print_scores(table, data)
+        print(f"  scl: {protocol}")
     raw = fetch(data.train.images, index[:8], torch.device("cpu"))
     fed = views(raw, generator(args.seed, 0, "picture"))
     save_views(run.folder / "views.png", raw, fed, statistics)
-    run.finish(table, net.backbone, found)
+    run.finish(table, net.backbone, found, scl_protocol=protocol)
 
 
 def train(args):
@@ -344,8 +411,8 @@ def train(args):
         memory, clusters, joints = saved["memory"].to(device), saved["clusters"], saved["joints"]
         clusters = clusters if clusters is None else clusters.to(device)
         forward = torch.compile(net) if args.compile else net
-        print(f"scl on {data.name} ({args.split}): {len(index):,} images, "
-              f"{describe(backbone, size)}; {device}, {fast_dtype(device)}; {run.folder}")
+        print(f"scl on {data.name}: {len(index):,} images, {describe(backbone, size)}; {device}, "
+              f"{fast_dtype(device)}; {run.folder}")
         # 3. Epochs: first instance discrimination, then, from epoch `warm` on, with clusters.
         per_epoch, warm = len(index) // args.batch_size, round(args.warmup * args.epochs)
         clock = Clock(device)
@@ -363,16 +430,14 @@ def train(args):
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
                 with autocast(device):                             # one pass: BatchNorm sees both
                     x, logits = forward(torch.cat([x1, x2]))                    # 2Bx128, 2BxK
-                loss, terms, pv, ps = losses(x, logits, own, memory, clusters, args)
+                loss, terms = losses(x, logits, own, memory, clusters, args)
                 step(optimizer, loss)
                 meter.add(loss=loss, **terms)
                 x = F.normalize(sum(x.detach().chunk(2)), dim=1)                # Bx128
                 memory = update_memory(memory, own, x, args.momentum)
                 if clusters is not None:                           # refreshed in every step
-                    pv, ps = sum(pv.chunk(2)) / 2, sum(ps.chunk(2)) / 2         # BxK
-                    clusters = clusters.index_copy(0, own, consensus(pv, ps, args))
-                    pair = pv.argmax(1) * k + ps.argmax(1)
-                    joint += torch.bincount(pair, minlength=k * k)
+                    clusters, votes = consensus(memory, own, clusters, logits, args)
+                    joint += torch.bincount(votes, minlength=k * k)
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
             if clusters is not None:

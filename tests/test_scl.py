@@ -11,14 +11,20 @@ import common
 import scl
 
 torch.set_num_threads(1)
-LOSSES = (scl.semantic_contrastive_loss, scl.visual_prediction, scl.consistency_loss, scl.balance_loss,
-          scl.update_memory)
+LOSSES = (scl.semantic_contrastive_loss, scl.visual_prediction, scl.consistency_loss,
+          scl.balance_loss, scl.update_memory)
+
+
+def gaussian(*shape, seed=2):
+    """Float64 normal numbers, the same each time."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
 def sample(anchors=6, candidates=20, k=3, dim=8, seed=0):
     """Cosines (B, N) in float64, the anchors' own columns, and a cluster for each candidate."""
     rng = torch.Generator().manual_seed(seed)
-    unit = F.normalize(torch.randn(anchors + candidates, dim, generator=rng, dtype=torch.float64), dim=1)
+    unit = F.normalize(gaussian(anchors + candidates, dim, seed=seed), dim=1)
     similarity = unit[:anchors] @ unit[anchors:].t()
     own = torch.randperm(candidates, generator=rng)[:anchors]
     return similarity, own, torch.randint(0, k, (candidates,), generator=rng)
@@ -51,7 +57,7 @@ def test_with_every_image_its_own_cluster_it_is_instance_discrimination(positive
 
 
 def test_within_a_batch_of_two_views_it_is_nt_xent_when_every_image_is_its_own_cluster():
-    z = F.normalize(torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
+    z = F.normalize(gaussian(10, 4), dim=1)
     twin, image = torch.arange(10).roll(5), torch.arange(5).repeat(2)
     logits = (z @ z.t() / .2).fill_diagonal_(-math.inf)             # NT-Xent: never against itself
     got = scl.semantic_contrastive_loss(z @ z.t(), twin, image, .2)
@@ -70,7 +76,8 @@ def test_with_a_single_cluster_it_is_zero_and_so_is_its_gradient(positives):
 
 def test_equal_similarities_cost_the_logarithm_of_the_number_of_candidates():
     own, alone = torch.tensor([3, 0]), torch.arange(20)
-    assert scl.semantic_contrastive_loss(torch.zeros(2, 20), own, alone, .1).item() == pytest.approx(math.log(20))
+    loss = scl.semantic_contrastive_loss(torch.zeros(2, 20), own, alone, .1)
+    assert loss.item() == pytest.approx(math.log(20))
 
 
 def test_members_of_the_own_cluster_that_are_no_positives_are_neither_pulled_nor_pushed():
@@ -91,7 +98,7 @@ def test_members_of_the_own_cluster_that_are_no_positives_are_neither_pulled_nor
 
 
 def test_a_wrongly_placed_neighbour_costs_more_than_a_rightly_placed_one():
-    similarity = torch.tensor([[1., .9, -.5]])                      # its own row, a near one, a far one
+    similarity = torch.tensor([[1., .9, -.5]])    # its own row, a near one, a far one
     cost = [scl.semantic_contrastive_loss(similarity, torch.tensor([0]), torch.tensor(c), .1).item()
             for c in ([0, 0, 1], [0, 1, 0])]
     assert cost[0] < 1e-6 < .1 < cost[1]
@@ -120,15 +127,41 @@ def test_visual_prediction_sums_to_one_over_clusters_also_when_some_are_empty():
 
 
 def test_visual_prediction_follows_the_members_that_look_alike():
-    p = scl.visual_prediction(torch.tensor([[1., .9, -1., -1., -1.]]), torch.tensor([0, 2, 1, 1, 1]), 3, .1,
-                              own=torch.tensor([0]))
+    similarity, clusters = torch.tensor([[1., .9, -1., -1., -1.]]), torch.tensor([0, 2, 1, 1, 1])
+    p = scl.visual_prediction(similarity, clusters, 3, .1, own=torch.tensor([0]))
     assert p.argmax().item() == 2 and p[0, 0] == 0                  # its own vote does not count
+
+
+def test_by_the_mean_a_large_cluster_does_not_win_for_being_large():
+    similarity = torch.tensor([[.5, .4, .4, .4, .4]])   # one near member, four less near ones
+    clusters = torch.tensor([0, 1, 1, 1, 1])
+    # T = .1: e^5 = 148 against e^4 = 55 each, so 148 to 218 by the sum, 148 to 55 by the mean
+    by_sum = scl.visual_prediction(similarity, clusters, 2, .1, vote="sum")
+    by_mean = scl.visual_prediction(similarity, clusters, 3, .1, vote="mean")
+    near, far = math.exp(5), math.exp(4)
+    assert by_sum[0, 1].item() == pytest.approx(4 * far / (4 * far + near), abs=1e-6)
+    assert by_mean[0, 0].item() == pytest.approx(near / (near + far), abs=1e-6)
+    assert by_mean[0, 2] == 0                                       # empty
+
+
+def test_the_consensus_is_where_the_product_of_both_predictions_is_largest():
+    args = scl.parse([])
+    memory = torch.eye(3)[[0, 0, 1, 1, 2, 2]]                       # three pairs of look-alikes
+    own, clusters = torch.tensor([0, 2]), torch.tensor([2, 0, 0, 1, 2, 2])
+    unsure = torch.zeros(4, 3)                                      # W has no opinion:
+    new, _ = scl.consensus(memory, own, clusters, unsure, args)     # each goes where its twin is
+    assert new.tolist() == [0, 0, 1, 1, 2, 2]
+    sure = torch.tensor([[0., 0., 99.], [0., 0., 99.]]).repeat(2, 1)
+    new, votes = scl.consensus(memory, own, clusters, sure, args)   # W outvotes the looks
+    assert new.tolist() == [2, 0, 2, 1, 2, 2]
+    assert votes.tolist() == [0 * 3 + 2, 1 * 3 + 2]                 # (visual 0, boundary 2), (1, 2)
 
 
 def test_consistency_is_the_printed_sum():
     pv, ps = torch.tensor([[.9, .1], [.5, .5]]), torch.tensor([[.8, .2], [1., 0.]])
     # -(ln(.9 * .8 + .1 * .2) + ln(.5 * 1 + .5 * 0)) / 2 = -(ln .74 + ln .5) / 2
-    assert scl.consistency_loss(pv, ps).item() == pytest.approx(-(math.log(.74) + math.log(.5)) / 2, abs=1e-6)
+    expected = -(math.log(.74) + math.log(.5)) / 2
+    assert scl.consistency_loss(pv, ps).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_consistency_is_lowest_when_both_predictions_are_sure_and_agree():
@@ -140,7 +173,7 @@ def test_consistency_is_lowest_when_both_predictions_are_sure_and_agree():
 
 def test_balance_is_zero_for_even_use_and_ln_k_for_a_single_cluster():
     assert scl.balance_loss(torch.full((5, 4), .25)).item() == pytest.approx(0, abs=1e-6)
-    assert scl.balance_loss(torch.eye(4)).item() == pytest.approx(0, abs=1e-6)  # sure, and even over the batch
+    assert scl.balance_loss(torch.eye(4)).item() == pytest.approx(0, abs=1e-6)  # each one sure
     assert scl.balance_loss(torch.eye(4)[:1].expand(5, -1)).item() == pytest.approx(math.log(4))
 
 
@@ -162,7 +195,7 @@ def all_losses(similarity, own, clusters, logits, k, positives=2):
 
 def test_permuting_cluster_ids_changes_nothing():
     similarity, own, clusters = sample(k=4)
-    logits = torch.randn(len(own), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits = gaussian(len(own), 4)
     order = torch.tensor([2, 0, 3, 1])                              # cluster c becomes order[c]
     permuted = all_losses(similarity, own, order[clusters], logits[:, order.argsort()], 4)
     assert torch.allclose(permuted, all_losses(similarity, own, clusters, logits, 4))
@@ -170,16 +203,16 @@ def test_permuting_cluster_ids_changes_nothing():
 
 def test_permuting_the_images_changes_nothing():
     similarity, own, clusters = sample(k=4)
-    logits = torch.randn(len(own), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits = gaussian(len(own), 4)
     rows, columns = torch.randperm(len(own)), torch.randperm(len(clusters))
-    permuted = all_losses(similarity[rows][:, columns], columns.argsort()[own[rows]], clusters[columns],
-                          logits[rows], 4)
+    permuted = all_losses(similarity[rows][:, columns], columns.argsort()[own[rows]],
+                          clusters[columns], logits[rows], 4)
     assert torch.allclose(permuted, all_losses(similarity, own, clusters, logits, 4))
 
 
 def test_gradients_are_those_of_the_formulas():
     similarity, own, clusters = sample()
-    logits = torch.randn(len(own), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits = gaussian(len(own), 3)
     inputs = (similarity.requires_grad_(), logits.requires_grad_())
     assert torch.autograd.gradcheck(lambda s, l: all_losses(s, own, clusters, l, 3), inputs)
 
@@ -188,7 +221,7 @@ def test_gradients_are_those_of_the_formulas():
 def test_losses_and_gradients_are_finite_at_extreme_inputs(scale):
     similarity, own, clusters = sample()
     s = (similarity.float() * scale).requires_grad_()
-    logits = (torch.randn(len(own), 3, generator=torch.Generator().manual_seed(2)) * scale).requires_grad_()
+    logits = (gaussian(len(own), 3).float() * scale).requires_grad_()
     losses = all_losses(s, own, clusters, logits, 3)
     losses.sum().backward()
     assert losses.isfinite().all() and s.grad.isfinite().all() and logits.grad.isfinite().all()
@@ -201,12 +234,11 @@ def test_each_function_runs_when_pasted_alone(function):
     similarity, own, clusters = sample()
     p = similarity.softmax(1)
     arguments = {"semantic_contrastive_loss": (similarity, own, clusters, .1, 2),
-                 "visual_prediction": (similarity, clusters, 3, .1, own), "consistency_loss": (p, p),
-                 "balance_loss": (p,), "update_memory": (similarity, own[:3], similarity[:3], .5)}
-    if function.__name__ == "update_memory":
-        arguments["update_memory"] = (similarity, torch.tensor([4, 1]), similarity[:2], .5)
-    assert torch.equal(alone[function.__name__](*arguments[function.__name__]),
-                       function(*arguments[function.__name__]))
+                 "visual_prediction": (similarity, clusters, 3, .1, own),
+                 "consistency_loss": (p, p), "balance_loss": (p,),
+                 "update_memory": (similarity, torch.tensor([4, 1]), similarity[:2], .5)}
+    given = arguments[function.__name__]
+    assert torch.equal(alone[function.__name__](*given), function(*given))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,7 +252,7 @@ def test_memory_rows_stay_unit_and_only_the_rows_of_the_batch_change():
     assert torch.allclose(new.norm(dim=1), torch.ones(9))
     untouched = [0, 1, 3, 5, 6, 8]
     assert torch.equal(new[untouched], memory[untouched])
-    assert torch.allclose(new[7], F.normalize(memory[7] + x[0], dim=0))         # momentum .5: the bisector
+    assert torch.allclose(new[7], F.normalize(memory[7] + x[0], dim=0))    # .5: the bisector
 
 
 def test_momentum_zero_keeps_the_newest_and_one_the_oldest_embedding():
@@ -241,7 +273,8 @@ def test_the_memory_carries_no_gradient():
 def test_a_fitted_classifier_votes_for_the_clusters_it_was_given():
     rng = torch.Generator().manual_seed(0)
     clusters = torch.arange(300) % 3
-    features = 5 + 3 * torch.randn(3, 6, generator=rng)[clusters] + .1 * torch.randn(300, 6, generator=rng)
+    features = 5 + 3 * torch.randn(3, 6, generator=rng)[clusters]
+    features += .1 * torch.randn(300, 6, generator=rng)
     classifier = torch.nn.Linear(6, 3)
     scl.fit_classifier(classifier, features, clusters)
     assert torch.equal(classifier(features).argmax(1), clusters)
@@ -302,7 +335,7 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [1, 2, 3])                         # before, at and after the hand-over
+@pytest.mark.parametrize("stop", [1, 2, 3])             # before, at and after the hand-over
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stop):
     whole = trained(tmp_path / "whole")
     end_epoch = common.Run.end_epoch
@@ -355,9 +388,9 @@ def test_the_baseline_is_instance_discrimination_to_the_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--split all", "--train-size 100", "--clusters 23", "--alpha 0 --positives 0",
-                                   "--contrast instance", "--assign visual --vote sum", "--warmup 0",
-                                   "--warmup 1"])
+@pytest.mark.parametrize("flags", [
+    "--split all", "--train-size 100", "--clusters 23", "--alpha 0 --positives 0",
+    "--contrast instance", "--assign both --vote sum", "--warmup 0", "--warmup 1"])
 def test_every_variant_runs_to_its_report(tmp_path, flags):
     trained(tmp_path / "run", *flags.split())
     result = json.loads((tmp_path / "run" / "result.json").read_text())
