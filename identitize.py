@@ -44,16 +44,28 @@ Differences from the paper, as far as they can be known: choices of ours
     D1  What is correlated: cluster scores, standardised over the batch. The abstract says cluster
         space. Probabilities with columns of unit length (--correlate assignments, reading A) have
         an identity that any one-hot agreement reaches, and hardly learn.
-    D2  How C is pushed to the identity: by squares. It is the literal sentence. A cross-entropy
-        over rows and columns of C (--identity cross-entropy) learns too; it stops short of the
-        identity (rms off-diagonal about .36) and contrasts clusters with clusters, never images.
+    D2  How C is pushed to the identity: by cross-entropy over its rows and columns. It contrasts
+        clusters with clusters, never images with images, and stops short of the identity (rms
+        off-diagonal .36 at the end). The literal reading, squares, learns more slowly: with
+        --clusters-head 32 --batch-size 64 --epochs 15 --seed 2 it ended at kNN .698 (--identity
+        square), cross-entropy at .932.
     D3  Standardising every cluster over the batch is itself a mild balancing: a cluster that
         nothing uses has no variance. "No cluster-balancing" holds for the loss, not quite for this.
     D4  L_swap takes n, not s. C ignores a constant added to a column of s, so a swap on s can push
         all images into one cluster (a test shows it) while L_id looks fine.
-    D5  Views: crop, flip, colour jitter, grey; no blur. K, optimizer and schedule are ours.
+    D5  Views: crop, flip, colour jitter, grey; no blur. K, optimizer and schedule are ours. On
+        `shapes` 60 % of the views are grey: with 20 % some seeds learned how the colours of an
+        image relate, which identifies it, and nothing of its shape.
 
-DOCRESULT
+    python identitize.py --seed 0        (and 1, 2: mean +- standard deviation of three seeds)
+
+    shapes, test                    ACC          NMI          ARI          kNN          linear
+    raw pixels                      .176         .067         .022         .706
+    random network                  .189         .074         .029         .434         .542
+    identitize                   .850 +- .070 .888 +- .037 .805 +- .061 .969 +- .008 .996 +- .001
+    its head, 64 clusters, vote  .700 +- .100 .876 +- .045 .677 +- .105
+
+ABLATION
 """
 import copy
 

@@ -62,8 +62,8 @@ def training_step(args, device):
 
 
 def bare(args, device):
-    views = [torch.randn(args.batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-             for _ in range(2)]
+    views = [torch.randn(args.batch_size, 3, 32, 32, device=device) for _ in range(2)]
+    views = [view.to(memory_format=torch.channels_last) for view in views]
     work = training_step(args, device)
     return rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device)
 
@@ -71,16 +71,17 @@ def bare(args, device):
 def script(module, args, device):
     """images/s of epochs 2.. of the real script on shapes, and the share of them spent on views."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        module.main(["--out", f"{folder}/run", "--epochs", "4", "--width", str(args.width), "--stem-stride",
-                     str(args.stem_stride), "--batch-size", str(args.batch_size), "--device", device.type])
+        module.main(["--out", f"{folder}/run", "--epochs", "4", "--width", str(args.width),
+                     "--stem-stride", str(args.stem_stride), "--batch-size", str(args.batch_size),
+                     "--device", device.type])
         log = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")][1:]
     return (statistics.median(r["images_per_second"] for r in log),
             statistics.median(r["views_share"] for r in log))
 
 
 USUAL = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
-                   T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], .8), T.RandomGrayscale(.2), T.ToTensor(),
-                   T.Normalize((.5,) * 3, (.25,) * 3)])
+                   T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], .8), T.RandomGrayscale(.2),
+                   T.ToTensor(), T.Normalize((.5,) * 3, (.25,) * 3)])
 
 
 class TwoViews(torch.utils.data.Dataset):
@@ -95,14 +96,15 @@ class TwoViews(torch.utils.data.Dataset):
 
 
 def usual(images, args, device):
-    loader = torch.utils.data.DataLoader(TwoViews(images), args.batch_size, shuffle=True, drop_last=True,
-                                         num_workers=args.workers, persistent_workers=True,
-                                         pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        TwoViews(images), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
+        persistent_workers=True, pin_memory=device.type == "cuda")
     work = training_step(args, device)
 
     def epoch():
         for x1, x2 in loader:
-            work(*(x.to(device, non_blocking=True, memory_format=torch.channels_last) for x in (x1, x2)))
+            work(*(x.to(device, non_blocking=True).to(memory_format=torch.channels_last)
+                   for x in (x1, x2)))
     return rate(epoch, len(loader) * args.batch_size, device)
 
 
@@ -130,14 +132,16 @@ def main():
     args = parser.parse_args()
     device = common.pick_device(args.device)
     gpu = device.type == "cuda"
-    args.width, args.stem_stride = args.width or (64 if gpu else 16), args.stem_stride or (1 if gpu else 2)
+    args.width = args.width or (64 if gpu else 16)
+    args.stem_stride = args.stem_stride or (1 if gpu else 2)
     args.batch_size = args.batch_size or (512 if gpu else 64)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.workers = 16 if gpu else torch.get_num_threads()
     images = common.load_dataset("shapes").train.images
-    table = {"device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-             "width": args.width, "stem_stride": args.stem_stride, "batch_size": args.batch_size,
+    table = {"device": torch.cuda.get_device_name() if gpu else "CPU",
+             "threads": torch.get_num_threads(), "width": args.width, "stem_stride": args.stem_stride,
+             "batch_size": args.batch_size,
              "precision": str(common.fast_dtype(device))}
     table["bare"] = bare(args, device)
     for name, module in SCRIPTS.items():

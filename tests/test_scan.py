@@ -373,7 +373,7 @@ def test_a_pretext_file_is_loaded_strictly_and_a_foreign_one_refused(tmp_path, c
     weights.pop("layer2.0.bn1.weight")
     torch.save(weights, tmp_path / "part.pt")
     (tmp_path / "broken.pt").write_bytes(b"nothing")
-    for name, word in (("part.pt", "layer2.0.bn1.weight"), ("broken.pt", ""), ("none.pt", "")):
+    for name, word in (("part.pt", "layer2.0.bn1.weight"), ("broken.pt", "broken.pt"), ("none.pt", "none.pt")):
         with pytest.raises(common.UserError, match=word):
             run(tmp_path / "d", "--pretext", str(tmp_path / name))
 
