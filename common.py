@@ -939,8 +939,9 @@ def cluster_scores(labels, assignments, vote_from=None):
 
 
 @torch.no_grad()
-def kmeans(features, k, seed, restarts=5, iterations=100):
-    """k-means of L2-normalised features with k-means++ starts; the best of several restarts.
+def kmeans(features, k, seed, restarts=20, iterations=100):
+    """k-means of L2-normalised features with k-means++ starts; the best of several restarts (with
+    5 in place of 20 the ACC of one and the same embedding of `shapes` was .84 in place of .98).
 
     features (N, D), any device. -> (assignments (N,), centroids (K, D)). An empty cluster takes the
     point farthest from its centroid. Raises UserError when k > N."""
@@ -1044,14 +1045,16 @@ class Clustering(NamedTuple):
     test_confidence: torch.Tensor
 
 
-def evaluate(train_features, test_features, data, clusters, seed, index=None, probe=True):
+def evaluate(train_features, test_features, data, clusters, seed, index=None, probe=True,
+             restarts=20):
     """The standard scores of frozen features (N, D) and (M, D). -> (scores, Clustering by k-means)
 
     k-means is fitted on train_features[index], the images learned from (None: all), and applied to
     both splits; its confidence is softmax(cosine to the centroids / 0.1). kNN and the linear probe
-    use all labelled training images. protocol() says it in words."""
+    use all labelled training images. protocol() says it in words.
+    probe=False leaves the linear probe out; restarts: of k-means."""
     fit = train_features if index is None else train_features[index.to(train_features.device)]
-    centre = F.normalize(kmeans(fit, clusters, seed)[1], dim=1)
+    centre = F.normalize(kmeans(fit, clusters, seed, restarts)[1], dim=1)
     p = [(F.normalize(x, dim=1) @ centre.t() / .1).softmax(1).max(1)
          for x in (train_features, test_features)]
     found = Clustering(*(q.indices.cpu() for q in p), *(q.values.cpu() for q in p))
@@ -1106,7 +1109,8 @@ def baselines(data, untrained, statistics, clusters, seed, index, device):
                            ("random network", lambda x: embed(untrained, x, statistics, device))):
         train = features(data.train.images)
         test = features(data.test.images) if data.has_test else train
-        table[name] = evaluate(train, test, data, clusters, seed, index, name != "raw pixels")[0]
+        raw = {"probe": False, "restarts": 5} if name == "raw pixels" else {}   # 3,072 dimensions
+        table[name] = evaluate(train, test, data, clusters, seed, index, **raw)[0]
     return table
 
 
