@@ -46,7 +46,11 @@ Differences from the paper, its released code included
     python scan.py                                     # shapes, on a laptop
     python scan.py --dataset cifar10                   # 500 + 50 + 200 epochs, as released
     python scan.py --dataset ~/photos --clusters 12    # your own images, without labels
-Results: not run.
+Results on `shapes`, ACC on its test images:
+    python scan.py --seed 1    after the SCAN step .999, after self-labelling .999
+                               (4m19s of training on one CPU thread)
+    python scan.py --seed 0    after the SCAN step .901: two clusters mix disc and square
+All else, other seeds, the steps after that of seed 0, CIFAR-10, the ablations: not run.
 """
 import copy
 import json

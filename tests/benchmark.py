@@ -140,7 +140,8 @@ def main():
     args.workers = 16 if gpu else torch.get_num_threads()
     images = common.load_dataset("shapes").train.images
     table = {"device": torch.cuda.get_device_name() if gpu else "CPU",
-             "threads": torch.get_num_threads(), "width": args.width, "stem_stride": args.stem_stride,
+             "threads": torch.get_num_threads(), "width": args.width,
+             "stem_stride": args.stem_stride,
              "batch_size": args.batch_size,
              "precision": str(common.fast_dtype(device))}
     table["bare"] = bare(args, device)

@@ -20,3 +20,11 @@ def few_shapes(monkeypatch):
     """`--dataset shapes` with 300 training and 100 test images: whole runs in a second or two."""
     everything = common._shapes
     monkeypatch.setattr(common, "_shapes", lambda size: everything(size, train=300, test=100))
+
+
+@pytest.fixture
+def two_threads():
+    """For the tests that train a default run."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

