@@ -378,8 +378,9 @@ def train(args):
                 matrices[str(epoch + 1)] = matrix_now(net, images, views, args.seed, device)
             run.end_epoch(record, per_epoch * args.batch_size, clock, optimizer, {
                 "net": net.state_dict(), "optimizer": optimizer.state_dict(), "matrices": matrices})
-            if record["largest"] > .5:
-                print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
+            if record["largest"] > .5 or record["confidence"] < 1.1 / k:
+                print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
+                      f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
         # 5. The report. Labels are used from here on and never before.
         report(args, run, data, net, untrained, index, clusters, statistics, views, matrices,
                device)

@@ -301,6 +301,16 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags, collapses", [
+    (["--mu", "0", "--swap-weight", "1"], True), (["--swap-weight", "1"], False)])
+def test_the_swap_alone_collapses_and_the_identity_prevents_it(flags, collapses, tmp_path, capsys,
+                                                               few_shapes):
+    # Alike but for L_id. Alone, the swap agrees on giving every image the same assignment.
+    identitize.main([*TINY, "--epochs", "50", *flags, "--out", str(tmp_path / "run")])
+    assert ("WARNING: collapse" in capsys.readouterr().out) == collapses
+
+
+@pytest.mark.slow
 def test_the_default_run_learns_what_pixels_and_a_random_network_do_not_show(
         tmp_path, two_threads):
     # A third of the default's epochs.
