@@ -46,11 +46,18 @@ Differences from the paper, its released code included
     python scan.py                                     # shapes, on a laptop
     python scan.py --dataset cifar10                   # 500 + 50 + 200 epochs, as released
     python scan.py --dataset ~/photos --clusters 12    # your own images, without labels
-Results on `shapes`, ACC on its test images:
-    python scan.py --seed 1    after the SCAN step .999, after self-labelling .999
-                               (4m19s of training on one CPU thread)
-    python scan.py --seed 0    after the SCAN step .901: two clusters mix disc and square
-All else, other seeds, the steps after that of seed 0, CIFAR-10, the ablations: not run.
+    shapes, test ACC             seed 0   seed 1   seed 2     python scan.py --seed 0, 1, 2
+    k-means on the pretext's h    .887      -       .942
+    after the SCAN loss           .901     .999    1.000
+    after self-labelling          .902     .999    1.000
+    same-class share of the 20 neighbours
+                                  .994     .987     .990      (5 min on one CPU core)
+
+Note: self-labelling neither lowered these nor had much to raise. What it needs is a confident
+hand-over: 60 to 82 % of the images were above .99 in its first epoch, 79 to 93 % in its last, and
+no cluster was missing. Step 2 gets there with lr 1e-3 in place of the released 1e-4. In seed 0 two
+clusters share discs and squares, sure of themselves, which no self-labelling can undo.
+Not run: --neighbours 0, --true-neighbours, --self-label-views simclr, over-clustering at full size.
 """
 import copy
 import json
