@@ -779,11 +779,12 @@ def batches(images, index, batch_size, views, rng, device, clock):
     """One epoch: shuffle, then yield (batch of index, view, ...), whole batches only.
 
     views(x, rng) makes a tuple of views of raw images x in [0, 1]. It is called for several hundred
-    images at a time on a CPU (they stay in its cache) and for several thousand on a GPU (there a
+    images of 32 px at a time on a CPU (they stay in its cache), several thousand on a GPU (there a
     view costs kernel launches, not arithmetic); training batches are slices of what it returns."""
     order = index[torch.randperm(len(index), generator=rng)]
     order = order[:len(order) // batch_size * batch_size]
-    chunk = max(1, (4096 if device.type == "cuda" else 512) // batch_size) * batch_size
+    limit = (4096 if device.type == "cuda" else 512) * 32**2 // max(32, images.shape[-1])**2
+    chunk = max(1, limit // batch_size) * batch_size               # fewer of larger images
     for part in order.split(chunk):
         with clock():
             made = views(fetch(images, part, device), rng)
@@ -1109,7 +1110,7 @@ def baselines(data, untrained, statistics, clusters, seed, index, device):
                            ("random network", lambda x: embed(untrained, x, statistics, device))):
         train = features(data.train.images)
         test = features(data.test.images) if data.has_test else train
-        raw = {"probe": False, "restarts": 5} if name == "raw pixels" else {}   # 3,072 dimensions
+        raw = {"probe": False, "restarts": 3} if name == "raw pixels" else {}   # 3,072 dimensions
         table[name] = evaluate(train, test, data, clusters, seed, index, **raw)[0]
     return table
 
