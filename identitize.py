@@ -67,7 +67,7 @@ Differences from the paper, as far as they can be known: choices of ours
 
     the same, --epochs 8 --seed 0:                      kNN     linear
     default                                             .925     .980
-    --swap-weight 0, L_id alone                         .951     .984     the swap is of no help here
+    --swap-weight 0, L_id alone                         .951     .984    the swap does not help here
     --mu 0 --swap-weight 1, L_swap alone                .207     .262     collapses: P uniform
     --identity square                                   .489     .785
     --correlate assignments --identity square
