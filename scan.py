@@ -46,6 +46,7 @@ Differences from the paper, its released code included
     python scan.py                                     # shapes, on a laptop
     python scan.py --dataset cifar10                   # 500 + 50 + 200 epochs, as released
     python scan.py --dataset ~/photos --clusters 12    # your own images, without labels
+
     shapes, test ACC             seed 0   seed 1   seed 2     python scan.py --seed 0, 1, 2
     k-means on the pretext's h    .887      -       .942
     after the SCAN loss           .901     .999    1.000
