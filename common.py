@@ -1130,21 +1130,27 @@ def print_scores(table, data):
 # ------------------------------------------------------------------------------------------------
 # 8. Run folder. Nothing is lost: a file is complete before it gets its name.
 
-def save_atomically(path, state, keep=None):
-    """torch.save to a temporary file beside it, fsync, rename. keep: where the old one goes."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def replacing(path):
+    """The name of a temporary file beside path: renamed to it at the end, removed on a failure."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_atomically(path, state, keep=None):
+    """torch.save, fsync, rename. keep: where the file that was there before goes."""
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and Path(path).exists():
+            os.replace(path, keep)
 
 
 def load_checked(path):
@@ -1168,9 +1174,8 @@ def load_checked(path):
 
 def write_text(path, text):
     """Write a small file atomically."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def on_cpu(state):
@@ -1342,9 +1347,8 @@ class Run:
 
 def save_picture(path, image):
     """A PIL image as PNG, written atomically."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def grid(images, columns, side=48):
