@@ -941,8 +941,7 @@ def cluster_scores(labels, assignments, vote_from=None):
 
 @torch.no_grad()
 def kmeans(features, k, seed, restarts=20, iterations=100):
-    """k-means of L2-normalised features with k-means++ starts; the best of several restarts (with
-    5 in place of 20 the ACC of one and the same embedding of `shapes` was .84 in place of .98).
+    """k-means of L2-normalised features with k-means++ starts; the best of several restarts.
 
     features (N, D), any device. -> (assignments (N,), centroids (K, D)). An empty cluster takes the
     point farthest from its centroid. Raises UserError when k > N."""

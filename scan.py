@@ -40,7 +40,7 @@ Differences from the paper, its released code included
     D6  With --pretext, neighbours are mined on backbone features: the file has no projection.
     D7  Every batch is whole. Images are normalised with the dataset's own statistics.
     D8  On `shapes` and folders step 1 uses Adam, on `shapes` also the symmetric loss and more grey
-        views. SGD at lr .1, one-sided, batch 128, hardly learned there in 6 epochs.
+        views.
     D9  The ImageNet protocol, heads alone on a frozen MoCo backbone, is not here.
 
     python scan.py                                     # shapes, on a laptop
