@@ -1143,9 +1143,11 @@ def replacing(path):
 
 def save_atomically(path, state, keep=None):
     """torch.save, fsync, rename. keep: where the file that was there before goes."""
+    packed = io.BytesIO()                                          # of a full disk torch.save makes
+    torch.save(state, packed)                                      # a RuntimeError of its own
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(packed.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and Path(path).exists():

@@ -1,0 +1,336 @@
+"""Nothing lost, nothing silent: what can go wrong in the middle of a run, for all four scripts.
+
+A `life` is a run in a process of its own: it can be killed, interrupted, or denied its disk."""
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+import common
+
+TINY = "--image-size 16 --width 2 --batch-size 50 --epochs 6 --device cpu"
+SCRIPTS = {
+    "identitize": "",
+    "scan": "--epochs 2 --cluster-epochs 2 --cluster-batch 50 --self-label-epochs 2 "
+            "--self-label-batch 100 --threshold .11 --neighbours 5",
+    "mask_mix": "",
+    "scl": "--warmup .5 --positives 3"}
+ALL = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def arguments(script, folder, *more):
+    return [*TINY.split(), *SCRIPTS[script].split(), "--out", str(folder), *more]
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes. Forked from a server that has only imported torch: a second each, not five.
+
+def few_images():
+    everything = common._shapes
+    common._shapes = lambda size: everything(size, train=200, test=60)
+
+
+def live(script, argv, prepare, output):
+    """What a process does: `prepare` it (a function and its arguments), then run the script."""
+    torch.set_num_threads(1)
+    for number in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    few_images()
+    if prepare:
+        prepare[0](*prepare[1:])
+    importlib.import_module(script).main(argv)
+
+
+def start(script, folder, *more, prepare=None):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *SCRIPTS])
+    life = context.Process(target=live, args=(
+        script, arguments(script, folder, *more), prepare, f"{folder}.txt"))
+    life.start()
+    return life
+
+
+def finish(script, folder, *more, prepare=None):
+    """-> (exit code, what was printed), minus the number of the signal that killed it."""
+    life = start(script, folder, *more, prepare=prepare)
+    life.join()
+    with open(f"{folder}.txt") as file:
+        return life.exitcode, file.read()
+
+
+def same(a, b):
+    """Nested state, equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def log_of(folder):
+    """Its records, but for the stopwatch."""
+    records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [{k: v for k, v in record.items()
+             if k not in ("seconds", "images_per_second", "views_share")} for record in records]
+
+
+def assert_equal_runs(one, other):
+    """The same files, weights, log and clusters, and nothing temporary left."""
+    files = [sorted(f.name for f in folder.rglob("*")) for folder in (one, other)]
+    assert {*files[0]} - {"checkpoint.previous.pt"} == {*files[1]} - {"checkpoint.previous.pt"}
+    assert not [name for name in files[1] if name.endswith(".tmp")]
+    a, b = (common.load_checked(folder / "checkpoint.pt")["state"] for folder in (one, other))
+    assert same(a, b)
+    assert log_of(one) == log_of(other)
+    assert [record["epoch"] for record in log_of(other)] == [1, 2, 3, 4, 5, 6]
+    for name in ("clusters.csv", "prototypes.png"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function: script -> (folder of its run that nothing interrupted, its seconds)."""
+    made = {}
+
+    def run(script):
+        if script not in made:
+            folder = tmp_path_factory.mktemp(script) / "whole"
+            finish(script, folder, "--help")                       # the server has started
+            began = time.time()
+            code, text = finish(script, folder)
+            assert code == 0, text
+            made[script] = folder, time.time() - began
+        return made[script]
+    return run
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed
+
+@pytest.mark.slow
+@ALL
+def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(script, whole, tmp_path):
+    untouched, seconds = whole(script)
+    rng, kills, folder = random.Random(script), 0, tmp_path / "run0"
+    while kills < 20:
+        life = start(script, folder, "--resume")
+        life.join(rng.uniform(0, .6 * seconds))
+        if life.exitcode is None:
+            life.kill()
+            life.join()
+            kills += 1
+        else:                                                      # it came to its end: a new one
+            assert life.exitcode == 0
+            assert_equal_runs(untouched, folder)
+            folder = tmp_path / f"run{kills}"
+    code, text = finish(script, folder, "--resume")
+    assert code == 0 and "Traceback" not in text, text
+    assert_equal_runs(untouched, folder)
+
+
+def die_at(operation, count):
+    """Kill this process at its count-th call of an operation on files, before, in or after it."""
+    real, calls = getattr(os, operation), []
+
+    def deadly(*given):
+        calls.append(1)
+        if len(calls) == count:
+            if operation == "fsync":                               # in the middle of writing
+                os.ftruncate(given[0], os.fstat(given[0]).st_size // 2)
+            elif count % 2:
+                real(*given)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+    setattr(os, operation, deadly)
+
+
+@pytest.mark.slow
+@ALL
+def test_a_run_killed_at_any_file_operation_ends_as_if_nothing_had_happened(script, whole,
+                                                                            tmp_path):
+    folder = tmp_path / "run"
+    for operation in ("fsync", "replace"):
+        for count in (1, 2, 3, 4, 5, 6):
+            code, text = finish(script, folder, "--resume", prepare=(die_at, operation, count))
+            assert code in (-signal.SIGKILL, 0) and "Traceback" not in text
+    code, text = finish(script, folder, "--resume")
+    assert code == 0, text
+    assert_equal_runs(whole(script)[0], folder)
+
+
+@pytest.mark.slow
+@ALL
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(script, whole, tmp_path):
+    assert finish(script, tmp_path / "again")[0] == 0
+    assert_equal_runs(whole(script)[0], tmp_path / "again")
+    assert finish(script, tmp_path / "other", "--seed", "1")[0] == 0
+    a, b = (torch.load(folder / "backbone.pt", weights_only=True)
+            for folder in (tmp_path / "again", tmp_path / "other"))
+    assert not torch.equal(a["conv1.weight"], b["conv1.weight"])
+
+
+def shuffled_labels():
+    """The images of `shapes` under labels drawn by lot."""
+    real = common._shapes
+
+    def shapes(size):
+        data = real(size)
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+        return data._replace(train=data.train._replace(labels=data.train.labels[order]))
+    common._shapes = shapes
+
+
+@pytest.mark.slow
+@ALL
+def test_labels_never_reach_the_training(script, whole, tmp_path):
+    code, text = finish(script, tmp_path / "run", prepare=(shuffled_labels,))
+    assert code == 0, text
+    a, b = (common.load_checked(folder / "checkpoint.pt")["state"]
+            for folder in (whole(script)[0], tmp_path / "run"))
+    assert same(a, b)
+
+
+# ------------------------------------------------------------------------------------------------
+# Interrupted
+
+def slow_disk(mark):
+    """From the second on, no checkpoint comes to its end; the file `mark` tells that one began."""
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(1)
+        if len(calls) > 1:
+            open(mark, "w").close()
+            time.sleep(60)
+        real(file)
+    os.fsync = fsync
+
+
+def wait_for(path):
+    limit = time.time() + 60
+    while not os.path.exists(path) and time.time() < limit:
+        time.sleep(.01)
+    assert os.path.exists(path)
+
+
+@pytest.mark.slow
+@ALL
+def test_ctrl_c_ends_with_130_and_a_second_one_while_saving_ends_at_once(script, whole, tmp_path):
+    folder = tmp_path / "run"
+    life = start(script, folder)
+    wait_for(folder / "checkpoint.pt")
+    os.kill(life.pid, signal.SIGINT)
+    life.join(60)
+    assert life.exitcode == 130
+    kept = common.load_checked(folder / "checkpoint.pt")["epoch"]
+    life = start(script, folder, "--resume", prepare=(slow_disk, tmp_path / "mark"))
+    wait_for(tmp_path / "mark")
+    began = time.time()
+    for _ in range(2):
+        os.kill(life.pid, signal.SIGINT)
+        time.sleep(.3)
+    life.join(60)
+    assert life.exitcode == 130 and time.time() - began < 20
+    with open(f"{folder}.txt") as file:
+        text = file.read()
+    assert "Traceback" not in text and text.count("--resume continues") == 2
+    assert common.load_checked(folder / "checkpoint.pt")["epoch"] >= kept
+    assert finish(script, folder, "--resume")[0] == 0
+    assert_equal_runs(whole(script)[0], folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# Denied
+
+def files_of_at_most(size, after):
+    """From the after-th checkpoint on, no file may grow beyond `size` bytes, as on a full disk."""
+    real, calls = common.save_atomically, []
+
+    def save(*given, **named):
+        calls.append(1)
+        if len(calls) == after:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        real(*given, **named)
+    common.save_atomically = save
+
+
+@pytest.mark.slow
+@ALL
+def test_a_full_disk_is_one_line_and_the_last_good_state_is_kept(script, whole, tmp_path):
+    folder = tmp_path / "run"
+    code, text = finish(script, folder, prepare=(files_of_at_most, 8000, 2))
+    assert code == 1 and "Traceback" not in text, text
+    assert "the machine refused a file" in text.splitlines()[-1]
+    assert common.load_checked(folder / "checkpoint.pt")["epoch"] >= 1
+    assert not list(folder.glob("*.tmp"))
+    assert finish(script, folder, "--resume")[0] == 0
+    assert_equal_runs(whole(script)[0], folder)
+
+
+@ALL
+def test_a_folder_that_cannot_be_made_is_one_line(script, few_shapes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(arguments(script, "/proc/nowhere/run"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "/proc/nowhere" in err and len(err.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Not a number, not enough memory
+
+@ALL
+@pytest.mark.parametrize("what", ["an image", "a weight"])
+def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(
+        script, what, tmp_path, monkeypatch, few_shapes, capsys):
+    module, calls = importlib.import_module(script), []
+    real_step, real_batches = module.step, module.batches
+
+    def step(optimizer, *rest):                                    # the 9th of 6 in an epoch
+        calls.append(1)
+        if what == "a weight" and len(calls) == 8:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return real_step(optimizer, *rest)
+
+    def batches(*given):
+        for index, *views in real_batches(*given):
+            if what == "an image" and len(calls) == 8:
+                views[0][0, 0, 0, 0] = float("inf")
+            yield index, *views
+    monkeypatch.setattr(module, "step", step)
+    monkeypatch.setattr(module, "batches", batches)
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments(script, tmp_path / "run"))
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and len(err.splitlines()) == 1
+    assert "epoch 2" in err and "step 3" in err and "nan" in err
+    saved = common.load_checked(tmp_path / "run" / "checkpoint.pt")
+    assert saved["epoch"] == 1
+
+    def finite(state):
+        values = state.values() if isinstance(state, dict) else state
+        return all(v.isfinite().all() if isinstance(v, torch.Tensor) else
+                   finite(v) if isinstance(v, (dict, list)) else True for v in values)
+    assert finite(saved["state"])
+
+
+@ALL
+def test_too_little_memory_is_one_line_that_says_what_to_lower(script, tmp_path, monkeypatch,
+                                                               few_shapes, capsys):
+    module = importlib.import_module(script)
+
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(module, "step", step)
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments(script, tmp_path / "run"))
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and len(err.splitlines()) == 1
+    assert "--batch-size (now 50)" in err and "--width (now 2)" in err
