@@ -1,5 +1,6 @@
 """The command line: what is wrong is said in one line, with exit code 2, and nothing is written."""
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 
 import common
-import identitize
 from common import NotFinite, UserError, number, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("identitize", "scan", "mask_mix", "scl")
+ALL = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +26,18 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
 
 
-def refused(capsys, *arguments, code=2):
-    """The one line on stderr with which identitize.py ends."""
-    with pytest.raises(SystemExit) as caught:
-        identitize.main([str(a) for a in arguments])
-    err = capsys.readouterr().err
-    assert caught.value.code == code
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
-    assert not os.path.exists("runs") and not os.path.exists(
-        "out")             # nothing half-written
-    return err
+@pytest.fixture
+def refused(capsys):
+    """A function: script, arguments -> the one line on stderr with which the script ends."""
+    def run(script, *arguments):
+        with pytest.raises(SystemExit) as caught:
+            importlib.import_module(script).main([*map(str, arguments), "--device=cpu"])
+        err = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+        assert not {"runs", "out"} & set(os.listdir())             # nothing half-written
+        return err
+    return run
 
 
 def pictures(folder, count=12, classes=2):
@@ -54,11 +58,10 @@ def test_numbers_in_range_are_taken(kind, text):
 
 
 @pytest.mark.parametrize("kind, text", [
-    (int, "2.5"), (int, "1e3"), (int, "three"), (int,
-     ""), (int, "0"), (int, "-3"), (int, "nan"), (int, "inf"),
-    (int, "9" * 30), (int, "9" * 5000), (int, "0x10"), (float,
-     "nan"), (float, "inf"), (float, "-inf"), (float, "1e400"),
-    (float, "-1"), (float, "0.5"), (float, "one"), (float, ""), (float, "1,5")])
+    (int, "2.5"), (int, "1e3"), (int, "three"), (int, ""), (int, "0"), (int, "-3"), (int, "nan"),
+    (int, "inf"), (int, "9" * 30), (int, "9" * 5000), (int, "0x10"), (float, "nan"),
+    (float, "inf"), (float, "-inf"), (float, "1e400"), (float, "-1"), (float, "0.5"),
+    (float, "one"), (float, ""), (float, "1,5")])
 def test_everything_else_is_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError):
         number(kind, 1)(text)
@@ -83,127 +86,179 @@ def test_the_message_names_the_limits(convert, text, words):
 # ------------------------------------------------------------------------------------------------
 # Flags
 
-INTEGERS = ["--image-size", "--train-size", "--clusters", "--epochs", "--batch-size", "--width"]
-NONSENSE = [
-    *((flag, value) for flag in (*INTEGERS, "--seed")
-      for value in ("-1", "1.5", "many", "nan", "99999999999999")),
-    *((flag, value) for flag in ("--lr", "--weight-decay")
-      for value in ("-1", "nan", "inf", "1e999", "fast")),
-    *((flag, "0") for flag in (*INTEGERS, "--lr")),
-    ("--device", "tpu"), ("--stem-stride", "3"), ("--imbalance", "0.5"), ("--temperature", "0"),
-    ("--mu", "-1")]
+def flags_of(script):
+    """{flag: its argparse action}, of those that take a value."""
+    seen = []
+
+    class Listening(common.Parser):
+        def parse_args(self, argv=None):
+            seen.append(self)
+            return super().parse_args(argv)
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Parser", Listening)
+        module.parse([])
+    return {action.option_strings[-1]: action for action in seen[0]._actions
+            if action.option_strings and action.nargs != 0}
 
 
-@pytest.mark.parametrize("flag, value", NONSENSE)
-def test_a_flag_with_nonsense_is_refused_by_name(flag, value, capsys):
-    assert flag in refused(capsys, f"{flag}={value}")
+def nonsense(script):
+    """(flag, a value that it cannot take): every flag with all that is wrong for its type."""
+    for flag, action in flags_of(script).items():
+        if action.choices:
+            values = ["tpu", "3", ""]
+        elif action.type:
+            values = ["-1", "many", "nan", "1e999", "99999999999999", ""]
+            # 1e999 and a huge integer are refused as out of range, 1.5 where whole numbers count.
+            if isinstance(action.default, int):
+                values += ["1.5"]
+        else:
+            continue                                               # a path: see below
+        yield from ((flag, value) for value in values)
 
 
+@pytest.mark.parametrize("script, flag, value", [
+    (script, *case) for script in SCRIPTS for case in nonsense(script)])
+def test_a_flag_with_nonsense_is_refused_by_name(script, flag, value, refused):
+    assert flag in refused(script, f"{flag}={value}")
+
+
+@ALL
+@pytest.mark.parametrize("flag", ["--image-size", "--train-size", "--clusters", "--epochs",
+                                  "--batch-size", "--width", "--lr"])
+def test_none_of_something_is_refused_by_name(script, flag, refused):
+    assert flag in refused(script, f"{flag}=0")
+
+
+@ALL
 @pytest.mark.parametrize("arguments, words", [
     (["--epoch", "3"], "--epoch"), (["--no-such-flag"], "--no-such-flag"), (["cifar10"], "cifar10"),
-    (["--epochs"], "--epochs"), (["--dataset"], "--dataset"), (["--resume", "yes"], "yes"),
-    (["--imbalance", "10", "--train-size", "100"], "--train-size")])
-def test_flags_are_neither_abbreviated_nor_invented(arguments, words, capsys):
-    assert words in refused(capsys, *arguments)
+    (["--epochs"], "--epochs"), (["--dataset"], "--dataset"), (["--resume=yes"], "yes")])
+def test_flags_are_neither_abbreviated_nor_invented(script, arguments, words, refused):
+    assert words in refused(script, *arguments)
 
 
-def test_help_is_printed_for_every_flag(capsys):
+def test_a_long_tail_and_a_balanced_part_exclude_each_other(refused):
+    assert "--train-size" in refused("identitize", "--imbalance=10", "--train-size=100")
+
+
+@ALL
+def test_help_is_printed_for_every_flag(script, capsys):
+    module = importlib.import_module(script)
     with pytest.raises(SystemExit) as caught:
-        identitize.main(["--help"])
+        module.main(["--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"--{name.replace('_', '-')}" in out for name in vars(identitize.parse([])))
+    assert all(f"--{name.replace('_', '-')}" in out for name in vars(module.parse([])))
 
 
-def test_defaults_of_a_dataset_give_way_to_flags():
-    default, mine = identitize.parse([]), identitize.parse(["--epochs", "7"])
+@ALL
+def test_defaults_of_a_dataset_give_way_to_flags(script):
+    parse = importlib.import_module(script).parse
+    default, mine = parse([]), parse(["--epochs", "7"])
     assert default.dataset == "shapes" and mine.epochs == 7 and mine.width == default.width
 
 
 # ------------------------------------------------------------------------------------------------
 # What only the data can tell
 
-def test_an_unknown_dataset_is_one_line_with_the_nearest_name(capsys):
-    assert "did you mean cifar10?" in refused(capsys, "--dataset", "cifar-10")
+@ALL
+def test_an_unknown_dataset_is_one_line_with_the_nearest_name(script, refused):
+    assert "did you mean cifar10?" in refused(script, "--dataset", "cifar-10")
 
 
+@ALL
 @pytest.mark.parametrize("flags, words", [
-    (["--clusters", "13", "--batch-size", "4"], "--clusters 13: there are only 12"),
-    (["--batch-size", "13"], "--batch-size 13"), (["--train-size", "13"], "--train-size 13"),
-    (["--imbalance", "100", "--batch-size", "12"], "--batch-size 12")])
-def test_more_than_there_is_cannot_be_asked_for(flags, words, capsys, tmp_path):
+    (["--clusters=13", "--batch-size=4"], "--clusters 13: there are only 12"),
+    (["--batch-size=13"], "--batch-size 13"), (["--train-size=13"], "--train-size 13")])
+def test_more_than_there_is_cannot_be_asked_for(script, flags, words, refused, tmp_path):
     pictures(tmp_path / "pets")
-    assert words in refused(
-    capsys,
-    "--dataset",
-    tmp_path / "pets",
-    "--width",
-    2,
-    "--device",
-    "cpu",
-     *flags)
+    assert words in refused(script, "--dataset", tmp_path / "pets", "--width=2", *flags)
 
 
-def test_unlabelled_images_need_a_number_of_clusters(capsys, tmp_path):
+def test_a_long_tail_can_be_too_thin_for_a_batch(refused, tmp_path):
+    pictures(tmp_path / "pets")
+    assert "--batch-size 12" in refused("identitize", "--dataset", tmp_path / "pets",
+                                        "--imbalance=100", "--batch-size=12")
+
+
+@ALL
+def test_unlabelled_images_need_a_number_of_clusters(script, refused, tmp_path):
     pictures(tmp_path / "pets", classes=0)
-    assert "--clusters" in refused(capsys, "--dataset", tmp_path / \
-                                   "pets", "--batch-size", 4, "--device", "cpu")
+    assert "--clusters" in refused(script, "--dataset", tmp_path / "pets", "--batch-size=4")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no image"])
-def test_an_empty_or_unreadable_folder_is_one_line(content, capsys, tmp_path):
+@ALL
+@pytest.mark.parametrize("count, content", [
+    (0, b""), (3, b""), (3, b"no image"), (3, b"\x89PNG\r\n\x1a\n"), (3, b"\xff\xd8\xff\xe0")])
+def test_an_empty_or_unreadable_folder_is_one_line(script, count, content, refused, tmp_path):
     (tmp_path / "pets").mkdir()
-    for i in range(3 if content is not None else 0):
+    for i in range(count):
         (tmp_path / "pets" / f"{i}.jpg").write_bytes(content)
-    assert "pets" in refused(capsys, "--dataset", tmp_path / "pets", "--clusters", 2)
+    assert "pets" in refused(script, "--dataset", tmp_path / "pets", "--clusters=2")
 
 
-def test_an_image_given_as_the_dataset_is_refused(capsys, tmp_path):
+@ALL
+@pytest.mark.parametrize("count, classes", [(1, 0), (1, 1), (2, 1)])
+def test_a_folder_with_next_to_nothing_in_it_is_refused(script, count, classes, refused, tmp_path):
+    pictures(tmp_path / "pets", count, classes)
+    refused(script, "--dataset", tmp_path / "pets", "--clusters=2", "--batch-size=4")
+
+
+@ALL
+def test_an_image_given_as_the_dataset_is_refused(script, refused, tmp_path):
     pictures(tmp_path / "pets", classes=0)
-    assert "folder" in refused(capsys, "--dataset", tmp_path / "pets" / "0.png")
+    assert "folder" in refused(script, "--dataset", tmp_path / "pets" / "0.png")
 
 
-def test_a_missing_gpu_is_one_line(capsys):
+@ALL
+def test_labels_in_one_split_only_are_refused(script, refused, tmp_path):
+    pictures(tmp_path / "pets" / "train")
+    pictures(tmp_path / "pets" / "test", classes=0)
+    assert "test" in refused(script, "--dataset", tmp_path / "pets", "--batch-size=4")
+
+
+@ALL
+@pytest.mark.parametrize("name", ["imagenet10", "imagenet-dogs", "tiny-imagenet"])
+def test_a_dataset_that_is_not_there_says_what_to_put_where(script, name, refused):
+    assert "data" in refused(script, "--dataset", name)
+
+
+@ALL
+def test_a_missing_gpu_is_one_line(script, capsys):
     if not torch.cuda.is_available():
-        assert "--device cuda" in refused(capsys, "--device", "cuda")
+        with pytest.raises(SystemExit, match="2"):
+            importlib.import_module(script).main(["--device", "cuda"])
+        assert "--device cuda" in capsys.readouterr().err
 
 
-def test_an_existing_run_is_refused_before_anything_is_done(capsys, tmp_path):
+@ALL
+def test_an_existing_run_is_refused_before_anything_is_done(script, refused, tmp_path):
     pictures(tmp_path / "pets")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "log.jsonl").write_text('{"epoch": 1}\n')
-    err = refused(
-    capsys,
-    "--dataset",
-    tmp_path /
-    "pets",
-    "--batch-size",
-    4,
-    "--out",
-    tmp_path /
-    "mine",
-    "--device",
-     "cpu")
+    err = refused(script, "--dataset", tmp_path / "pets", "--batch-size=4",
+                  "--out", tmp_path / "mine")
     assert "--resume" in err and "--out" in err
     assert (tmp_path / "mine" / "log.jsonl").read_text() == '{"epoch": 1}\n'
 
 
-def test_a_run_folder_that_is_a_file_is_refused(capsys, tmp_path):
+@ALL
+def test_a_run_folder_that_is_a_file_is_refused(script, refused, tmp_path):
     pictures(tmp_path / "pets")
     (tmp_path / "file").write_text("mine")
-    refused(
-    capsys,
-    "--dataset",
-    tmp_path /
-    "pets",
-    "--batch-size",
-    4,
-    "--out",
-    tmp_path /
-    "file",
-    "--device",
-     "cpu")
+    refused(script, "--dataset", tmp_path / "pets", "--batch-size=4", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_pretext_that_is_none_is_refused(content, refused, tmp_path):
+    if content is not None:
+        (tmp_path / "b.pt").write_bytes(content)
+    pictures(tmp_path / "pets")
+    assert "b.pt" in refused("scan", "--dataset", tmp_path / "pets", "--batch-size=4",
+                             "--cluster-batch=4", "--self-label-batch=4",
+                             "--pretext", tmp_path / "b.pt")
 
 
 # ------------------------------------------------------------------------------------------------

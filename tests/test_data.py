@@ -42,10 +42,8 @@ def load(root, tmp_path, **options):
 def decodings(monkeypatch):
     """The list of files that are decoded from now on."""
     files, real = [], common._decode
-    monkeypatch.setattr(
-    common, "_decode", lambda file, size: (
-        files.append(file), real(
-            file, size))[1])
+    monkeypatch.setattr(common, "_decode",
+                        lambda file, size: (files.append(file), real(file, size))[1])
     return files
 
 
@@ -62,8 +60,8 @@ def shapes():
 
 
 def test_shapes_are_ten_balanced_classes_in_two_splits(shapes):
-    assert shapes.train.images.shape == (
-    5000, 3, 32, 32) and shapes.train.images.dtype == torch.uint8
+    assert shapes.train.images.shape == (5000, 3, 32, 32)
+    assert shapes.train.images.dtype == torch.uint8
     assert torch.bincount(shapes.train.labels).tolist() == [500] * 10
     assert torch.bincount(shapes.test.labels).tolist() == [200] * 10
     assert len(shapes.classes) == 10 and shapes.has_test
@@ -246,9 +244,8 @@ def test_offline_a_download_says_what_to_put_where(name, file, tmp_path, monkeyp
 # Names
 
 @pytest.mark.parametrize("wrong, right", [
-    ("cifar-10", "cifar10"), ("CIFAR100", "cifar100"), ("shape",
-     "shapes"), ("fashion_mnist", "fashion-mnist"),
-    ("stl-10", "stl10"), ("tinyimagenet", "tiny-imagenet")])
+    ("cifar-10", "cifar10"), ("CIFAR100", "cifar100"), ("shape", "shapes"), ("stl-10", "stl10"),
+    ("fashion_mnist", "fashion-mnist"), ("tinyimagenet", "tiny-imagenet")])
 def test_an_unknown_dataset_suggests_the_nearest_name(wrong, right, tmp_path):
     with pytest.raises(UserError, match=f"did you mean {right}"):
         load_dataset(wrong, tmp_path)
@@ -530,13 +527,8 @@ def test_broken_files_are_named_and_left_out(tmp_path, capsys):
     data = load(root, tmp_path)
     out = capsys.readouterr().out
     assert torch.bincount(data.train.labels).tolist() == [3, 3]    # labels stay with their images
-    assert near(
-    data.train.images[3],
-    (100,
-    0,
-    0)) and data.train.names[3] == os.path.join(
-        "dog",
-         "0.png")
+    assert near(data.train.images[3], (100, 0, 0))
+    assert data.train.names[3] == os.path.join("dog", "0.png")
     for name in rubbish:
         assert sum(name in line for line in out.splitlines()) == 1, name
     assert "12000 x 12000 pixels" in out
@@ -596,12 +588,9 @@ def test_the_second_start_decodes_nothing_and_gives_the_same(tmp_path, monkeypat
     assert len(files) == 12
     second = load(root, tmp_path)
     assert len(files) == 12
-    assert torch.equal(
-    first.train.images,
-     second.train.images) and first.train.names == second.train.names
-    assert torch.equal(
-    first.test.labels,
-     second.test.labels) and first.fingerprint == second.fingerprint
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.test.labels, second.test.labels)
+    assert first.train.names == second.train.names and first.fingerprint == second.fingerprint
 
 
 def change(root, how):
@@ -620,8 +609,7 @@ def change(root, how):
         save(file, (1, 2, 3), (41, 41))
     elif how == "replaced, same size":
         stat, content = os.stat(file), file.read_bytes()
-        for red in range(
-            1, 256):                                  # another red that compresses alike
+        for red in range(1, 256):                                  # a red that compresses alike
             if len(save(file, (red, 20, 0)).read_bytes()) == len(content):
                 break
         assert len(file.read_bytes()) == len(content) and file.read_bytes() != content
@@ -640,10 +628,9 @@ def test_a_changed_folder_is_noticed(how, tmp_path):
     change(root, how)
     after, fresh = load(root, tmp_path), load_dataset(str(root), tmp_path / "elsewhere")
     assert after.fingerprint != before.fingerprint
-    assert torch.equal(
-    after.train.images,
-     fresh.train.images) and after.train.names == fresh.train.names
-    assert torch.equal(after.train.labels, fresh.train.labels) and after.classes == fresh.classes
+    assert torch.equal(after.train.images, fresh.train.images)
+    assert torch.equal(after.train.labels, fresh.train.labels)
+    assert after.train.names == fresh.train.names and after.classes == fresh.classes
 
 
 def test_a_damaged_kept_array_is_made_anew(tmp_path, monkeypatch):
@@ -724,10 +711,8 @@ def test_a_missing_imagenet_says_what_to_put_where(name, tmp_path):
 
 def test_the_parts_of_imagenet_have_ten_and_fifteen_classes_in_order():
     # Class ids follow the order of the list: it must be the sorted one.
-    assert len(set(common.IMAGENET_10)) == 10 and list(
-        common.IMAGENET_10) == sorted(common.IMAGENET_10)
-    assert len(set(common.IMAGENET_DOGS)) == 15 and list(
-        common.IMAGENET_DOGS) == sorted(common.IMAGENET_DOGS)
+    for names, count in ((common.IMAGENET_10, 10), (common.IMAGENET_DOGS, 15)):
+        assert len(set(names)) == count and list(names) == sorted(names)
 
 
 def imagenet(root, leave_out=(), val_leaves_out=()):
@@ -760,13 +745,8 @@ def test_imagenet10_without_any_of_its_classes_is_refused(tmp_path):
 def test_validation_classes_are_numbered_as_in_train_even_if_one_is_missing(tmp_path):
     root = imagenet(tmp_path, val_leaves_out=[common.IMAGENET_10[0]])
     try:
-        assert load_dataset(
-    "imagenet10",
-    root,
-    image_size=16).test.labels.tolist() == list(
-        range(
-            1,
-             10))
+        data = load_dataset("imagenet10", root, image_size=16)
+        assert data.test.labels.tolist() == list(range(1, 10))
     except UserError as error:
         assert common.IMAGENET_10[0] in str(error)
 

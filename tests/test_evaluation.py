@@ -85,13 +85,7 @@ def test_permuting_the_images_changes_no_score():
 def test_a_perfect_clustering_scores_one_and_a_single_cluster_nothing():
     labels = torch.arange(40) % 4
     perfect = cluster_scores(labels, (labels + 1) % 4)
-    assert (
-    perfect["acc"],
-    perfect["nmi"],
-    perfect["ari"]) == (
-        1,
-        pytest.approx(1),
-         pytest.approx(1))
+    assert [perfect[s] for s in ("acc", "nmi", "ari")] == pytest.approx([1, 1, 1])
     collapsed = cluster_scores(labels, torch.zeros(40, dtype=torch.long))
     assert (collapsed["acc"], collapsed["clusters"]) == (.25, 1)
     assert collapsed["nmi"] == pytest.approx(0) and collapsed["ari"] == pytest.approx(0)
@@ -296,15 +290,8 @@ def test_leave_one_out_holds_beyond_the_first_chunk_of_queries():
     x = F.normalize(bank, dim=1).double()
     nearest = (x @ x.t()).fill_diagonal_(-2).argmax(1)
     expected = (y[nearest] == y).float().mean().item()
-    assert knn_accuracy(
-    bank,
-    y,
-    bank,
-    y,
-    k=1,
-    leave_one_out=True) == pytest.approx(
-        expected,
-         abs=2e-3)
+    score = knn_accuracy(bank, y, bank, y, k=1, leave_one_out=True)
+    assert score == pytest.approx(expected, abs=2e-3)
 
 
 def test_similar_neighbours_weigh_more_than_many():

@@ -416,48 +416,6 @@ def short_run(folder, *flags):
     return mask_mix.parse([*SMALL, "--out", str(folder), *flags])
 
 
-def weights(folder):
-    return common.load_checked(folder / "checkpoint.pt")["state"]
-
-
-def same(a, b):
-    return all(torch.equal(x, b[net][name]) for net in ("online", "target")
-               for name, x in a[net].items())
-
-
-@pytest.mark.slow
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(mask_mix, "report", lambda *_: None)
-    mask_mix.train(short_run(tmp_path / "whole", "--epochs", "2"))
-    ended = common.Run.end_epoch
-
-    def interrupted(run, *rest):
-        ended(run, *rest)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(common.Run, "end_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        mask_mix.train(short_run(tmp_path / "halves", "--epochs", "2"))
-    monkeypatch.setattr(common.Run, "end_epoch", ended)
-    mask_mix.train(short_run(tmp_path / "halves", "--epochs", "2", "--resume"))
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
-
-
-@pytest.mark.slow
-def test_labels_never_reach_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(mask_mix, "report", lambda *_: None)
-    monkeypatch.setattr(mask_mix, "subset", lambda *_: torch.arange(128))      # not by label
-    mask_mix.train(short_run(tmp_path / "true", "--epochs", "1"))
-    load = common.load_dataset
-
-    def shuffled(*given):
-        data = load(*given)
-        order = torch.randperm(len(data.train.labels), generator=rng())
-        return data._replace(train=data.train._replace(labels=data.train.labels[order]))
-    monkeypatch.setattr(mask_mix, "load_dataset", shuffled)
-    mask_mix.train(short_run(tmp_path / "shuffled", "--epochs", "1"))
-    assert same(weights(tmp_path / "true"), weights(tmp_path / "shuffled"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--base simsiam --separate-predictors --mix-weight 0",
                                    "--mask-weight 0 --mix-alpha .5"])

@@ -369,13 +369,8 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, other, word
 def test_a_checkpoint_of_another_dataset_is_refused_by_the_names_of_both(tmp_path):
     folder = finished(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        open_run(
-    folder,
-    resume=True,
-    dataset="cifar10",
-    data=images_of(
-        fingerprint="bbbb",
-         name="cifar10"))
+        open_run(folder, resume=True, dataset="cifar10",
+                 data=images_of(fingerprint="bbbb", name="cifar10"))
     assert "pets" in str(caught.value) and "cifar10" in str(caught.value)
 
 
@@ -394,14 +389,8 @@ def test_a_flag_that_the_checkpoint_does_not_know_is_refused(tmp_path):
 def test_device_place_and_the_spelling_of_the_same_folder_may_change(tmp_path):
     folder = finished(tmp_path / "run")
     moved = folder.rename(tmp_path / "moved")
-    assert resumed(
-    moved,
-    dataset="./pets/",
-    device="auto",
-    data_dir="elsewhere",
-    compile=True) == (
-        3,
-         3.)
+    assert resumed(moved, dataset="./pets/", device="auto", data_dir="elsewhere",
+                   compile=True) == (3, 3.)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -477,7 +466,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_kill_before_or_between_the_two_renames_can_be_resumed(tmp_path, monkeypatch, renames):
-    folder, replace, unlink, done = finished(tmp_path / "run", epochs=2), os.replace, os.unlink, []
+    folder, replace, done = finished(tmp_path / "run", epochs=2), os.replace, []
     kept = (folder / "checkpoint.pt").read_bytes()
 
     def killed_at(a, b):
@@ -524,12 +513,8 @@ def end(folder, data):
     torch.manual_seed(0)
     net = common.resnet18(32, 2)
     n, m = len(data.train.images), len(data.test.images)
-    found = Clustering(
-    torch.arange(n) %
-    4, torch.arange(m) %
-    4, torch.full(
-        (n,), .25), torch.full(
-            (m,), .5))
+    found = Clustering(torch.arange(n) % 4, torch.arange(m) % 4,
+                       torch.full((n,), .25), torch.full((m,), .5))
     with open_run(folder, data=data) as run:
         epoch(run, 1)
         run.finish({"identitize": {"knn": .5}}, net, found, extra=[1, 2])
@@ -582,13 +567,8 @@ def test_backbone_pt_is_the_state_dict_of_the_backbone(tmp_path):
 def test_pictures_are_there_with_labels_and_without(tmp_path, labelled, m):
     end(tmp_path / "run", images_of(8, m, labelled))
     names = {f.name for f in (tmp_path / "run").iterdir()}
-    assert {
-    "log.jsonl",
-    "checkpoint.pt",
-    "backbone.pt",
-    "result.json",
-    "clusters.csv",
-     "prototypes.png"} <= names
+    assert {"log.jsonl", "checkpoint.pt", "backbone.pt", "result.json", "clusters.csv",
+            "prototypes.png"} <= names
     assert ("confusion.png" in names) is labelled
     assert not [name for name in names if name.endswith(".tmp")]
 

@@ -297,20 +297,6 @@ def run(out, *more):
     return common.load_checked(out / "checkpoint.pt")
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_a_run_leaves_its_pictures_and_rows_for_all_steps(tmp_path):
     run(tmp_path / "a")
@@ -321,39 +307,6 @@ def test_a_run_leaves_its_pictures_and_rows_for_all_steps(tmp_path):
     rows = {"raw pixels", "pretext + k-means", "SCAN loss", "+ self-label"}
     assert rows <= result["scores"].keys()
     assert result["neighbour_accuracy"].keys() == {"top-1", "top-5"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dies_after", [1, 2, 3, 4, 5])
-def test_a_run_killed_in_or_between_steps_resumes_bit_for_bit(tmp_path, monkeypatch, dies_after):
-    whole = run(tmp_path / "whole")
-    end = common.Run.end_epoch
-
-    def dying(self, *args):
-        end(self, *args)
-        if self.epoch == dies_after:
-            raise Killed
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(common.Run, "end_epoch", dying)
-        run(tmp_path / "cut")
-    resumed = run(tmp_path / "cut", "--resume")
-    assert same(whole["state"], resumed["state"])
-    whole, cut = ((tmp_path / run / "clusters.csv").read_text() for run in ("whole", "cut"))
-    assert whole == cut
-
-
-@pytest.mark.slow
-def test_labels_never_reach_the_training(tmp_path, monkeypatch):
-    true = run(tmp_path / "true", "--train-size", "5000", "--epochs", "1", "--batch-size", "1000")
-    load = scan.load_dataset
-
-    def shuffled(*args):
-        data = load(*args)
-        order = torch.randperm(len(data.train.labels))
-        return data._replace(train=data.train._replace(labels=data.train.labels[order]))
-    monkeypatch.setattr(scan, "load_dataset", shuffled)
-    false = run(tmp_path / "false", "--train-size", "5000", "--epochs", "1", "--batch-size", "1000")
-    assert same(true["state"]["net"], false["state"]["net"])
 
 
 @pytest.mark.slow

@@ -325,46 +325,6 @@ def trained(folder, *flags):
     return common.load_checked(folder / "checkpoint.pt")
 
 
-def same(a, b):
-    """Nested state, equal to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [1, 2, 3])             # before, at and after the hand-over
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stop):
-    whole = trained(tmp_path / "whole")
-    end_epoch = common.Run.end_epoch
-
-    def interrupted(run, *args):
-        end_epoch(run, *args)
-        if run.epoch == stop:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "end_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "parts")
-    assert common.load_checked(tmp_path / "parts" / "checkpoint.pt")["epoch"] == stop
-    assert same(trained(tmp_path / "parts", "--resume")["state"], whole["state"])
-
-
-@pytest.mark.slow
-def test_shuffled_labels_give_bit_identical_weights_and_clusters(tmp_path, monkeypatch):
-    true = trained(tmp_path / "true")["state"]
-    load = scl.load_dataset
-
-    def shuffled(*args):
-        data = load(*args)
-        return data._replace(train=data.train._replace(labels=data.train.labels.roll(7)),
-                             test=data.test._replace(labels=data.test.labels.roll(3)))
-    monkeypatch.setattr(scl, "load_dataset", shuffled)
-    assert same(trained(tmp_path / "shuffled")["state"], true)
-
-
 @pytest.mark.slow
 def test_a_run_leaves_its_scores_its_pictures_and_its_clusters(tmp_path):
     folder = tmp_path / "run"

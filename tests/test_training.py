@@ -183,18 +183,8 @@ def test_large_epochs_are_augmented_in_chunks_and_batches_do_not_straddle_them()
         calls.append(len(x))
         return (x,)
     images = torch.zeros(1100, 3, 2, 2, dtype=torch.uint8)
-    made = list(
-    batches(
-        images,
-        torch.arange(1100),
-        100,
-        views,
-        generator(
-            0,
-            0,
-            ""),
-            CPU,
-             Clock(CPU)))
+    made = list(batches(images, torch.arange(1100), 100, views, generator(0, 0, ""), CPU,
+                        Clock(CPU)))
     assert [len(ids) for ids, _ in made] == [100] * 11
     assert sum(calls) == 1100 and all(n % 100 == 0 for n in calls) and len(calls) > 1
 
