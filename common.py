@@ -1143,11 +1143,12 @@ def replacing(path):
 
 def save_atomically(path, state, keep=None):
     """torch.save, fsync, rename. keep: where the file that was there before goes."""
-    packed = io.BytesIO()                                          # of a full disk torch.save makes
-    torch.save(state, packed)                                      # a RuntimeError of its own
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
-            file.write(packed.getbuffer())
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:                          # of a full disk torch's writer
+                raise error.__context__ or error                   # tells only what followed
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and Path(path).exists():
@@ -1313,7 +1314,8 @@ class Run:
         self.flush()
 
     def finish(self, scores, backbone, found, **more):
-        """The end of a run: result.json, backbone.pt, clusters.csv, prototypes.png, confusion.png.
+        """The end of a run: result.json, backbone.pt, clusters.csv, prototypes.png and, with
+        labels, confusion.png, without them a contact sheet for each cluster.
 
         scores: {name: scores}; found: the Clustering to write; more: entries of result.json"""
         self.flush()
@@ -1339,6 +1341,8 @@ class Run:
                            zip(split.names, cluster.tolist(), sure.tolist()))
         write_text(self.folder / "clusters.csv", table.getvalue())
         save_cluster_pictures(self.folder, self.data, found)
+        if not self.data.classes:
+            save_sheets(self.folder, self.data, found, self.args.clusters)
         print(f"\n{clock_text(self.seconds)} of training. {self.folder} holds "
               f"{', '.join(sorted(f.name for f in self.folder.iterdir()))}")
 
@@ -1431,3 +1435,30 @@ def save_cluster_pictures(folder, data, found):
             share, rows=data.classes if len(data.classes) <= 32 else None, limit=1,
             columns=order.tolist() if clusters <= 32 else None,
             title="share of each class (row) in each cluster (column)"))
+
+
+def save_sheets(folder, data, found, clusters):
+    """For images without labels: sheets/cluster-*.png, the hundred most confident training images
+    of each cluster, and summary.txt, how balanced and how confident the clusters are, printed too.
+    There is nothing to score them by."""
+    sure, lines = found.train_confidence, ["cluster  images   share  mean confidence"]
+    size = torch.bincount(found.train, minlength=clusters)
+    share = size / size.sum()
+    (folder / "sheets").mkdir(exist_ok=True)
+    for c in range(clusters):
+        members = (found.train == c).nonzero().flatten()
+        members = members[sure[members].argsort(descending=True, stable=True)]
+        mean = f"{sure[members].mean():.2f}" if len(members) else "-"
+        lines.append(f"{c:7}{len(members):8,}{share[c]:8.1%}{mean:>17}")
+        if len(members):
+            picture = grid(data.train.images[members[:100]], min(10, len(members)), 96)
+            save_picture(folder / "sheets" / f"cluster-{c:03}.png", picture)
+    lines += ["", f"Balance: of {len(sure):,} images the largest cluster holds {share.max():.0%}, "
+              f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty. As "
+              f"even as {torch.special.entr(share).sum().exp():.1f} equal ones. If your groups "
+              f"are of unequal size, take more --clusters and merge by eye.",
+              f"Confidence: {(sure > .9).float().mean():.0%} of the images are above .9, "
+              f"{(sure < .5).float().mean():.0%} below .5. It says how decided, not how right.",
+              f"Look at {folder / 'sheets'}, then at {folder / 'clusters.csv'}."]
+    write_text(folder / "summary.txt", "\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))

@@ -77,7 +77,7 @@ from common import (NAMES, Clock, Clustering, Damaged, Meter, Parser, Run, UserE
                     normalise, number, pick_device, pixel_statistics, print_scores,
                     random_grayscale, random_resized_crop, resnet18, run_script,
                     save_cluster_pictures, save_picture, save_views, set_lr, step, subset,
-                    to_device, write_text)
+                    to_device)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step
@@ -593,34 +593,8 @@ def hand_over(args, run, net, learn, labels, part, clusters, statistics, device)
     return {**kept, "neighbours": neighbours.int()}
 
 
-def contact_sheets(folder, data, found, clusters):
-    """For images without labels: a sheet for each cluster, the most confident first, and words on
-    how balanced and how confident the clusters are. There is nothing to score them by."""
-    sure, lines = found.train_confidence, ["cluster  images   share  mean confidence"]
-    size = torch.bincount(found.train, minlength=clusters)
-    share = size / size.sum()
-    (folder / "sheets").mkdir(exist_ok=True)
-    for c in range(clusters):
-        members = (found.train == c).nonzero().flatten()
-        members = members[sure[members].argsort(descending=True, stable=True)]
-        mean = f"{sure[members].mean():.2f}" if len(members) else "-"
-        lines.append(f"{c:7}{len(members):8,}{share[c]:8.1%}{mean:>17}")
-        if len(members):
-            picture = grid(data.train.images[members[:100]], min(10, len(members)), 96)
-            save_picture(folder / "sheets" / f"cluster-{c:03}.png", picture)
-    lines += ["", f"Balance: of {len(sure):,} images the largest cluster holds {share.max():.0%}, "
-              f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty. As "
-              f"even as {torch.special.entr(share).sum().exp():.1f} equal ones. SCAN likes equal "
-              f"clusters: if your groups are not, take more --clusters and merge by eye.",
-              f"Confidence: {(sure > .99).float().mean():.0%} of the images are above .99, "
-              f"{(sure < .5).float().mean():.0%} below .5. It says how decided, not how right.",
-              f"Look at {folder / 'sheets'}, then at {folder / 'clusters.csv'}."]
-    write_text(folder / "summary.txt", "\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
-
-
 def report(args, run, data, untrained, part, clusters, statistics, net, found, kept, views, device):
-    """All steps beside two baselines; pictures; for unlabelled images the contact sheets."""
+    """All steps beside two baselines; pictures."""
     table = {}
     if data.classes:
         table = baselines(data, untrained, statistics, clusters, args.seed, part, device)
@@ -631,8 +605,6 @@ def report(args, run, data, untrained, part, clusters, statistics, net, found, k
     raw, rng = fetch(data.train.images, part[:8], torch.device("cpu")), generator(0, 0, "picture")
     fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
     save_views(run.folder / "views.png", raw, fed, statistics)
-    if not data.classes:
-        contact_sheets(run.folder, data, found, clusters)
     run.finish(table, net.backbone, found, chosen=kept["chosen"],
                neighbour_accuracy=kept["neighbour_accuracy"])
 

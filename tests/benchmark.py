@@ -2,18 +2,25 @@
 
     python tests/benchmark.py                       every script, on the GPU or else on all cores
     python tests/benchmark.py --threads 1 --json    one core, as JSON
+    python tests/benchmark.py --profile scan        where an epoch of scan.py goes, kernel by kernel
 
 All rows come from one process and one machine state, so that their ratios mean something:
 
-    bare      forward, backward, optimizer step on resident random views: nothing else
-    script    epochs of the real script: its views, losses, gauges, log and checkpoints
-    usual     the same network fed by torchvision's transforms on PIL images in a DataLoader
-    views     two views of an image by the scripts' primitives against torchvision's, on one core
+    bare        what any method must do: forward, backward, optimizer step, on resident random
+                views, with as many network passes for an image as the method needs
+    script      epochs of the real script: its views, losses, gauges, log and checkpoints
+    usual       the same network fed by torchvision's transforms on PIL images in a DataLoader;
+                lightly's and kornia's views too, where those packages are installed
+    views       two views of an image by the scripts' primitives against torchvision's, on one core
+    evaluation  k-means, kNN and linear probe of 60,000 embedded images
 """
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -25,11 +32,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import torchvision.transforms as T  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import common  # noqa: E402
 import identitize  # noqa: E402
 
-SCRIPTS = {"identitize": identitize}      # images of two views each
+# Stages of a script: passes of the network for an image, trained and without a gradient.
+SCRIPTS = {"identitize": {"": (2, 0)}, "mask_mix": {"": (4, 2)}, "scl": {"": (2, 0)},
+           "scan": {"pretext": (2, 0), "cluster": (2, 0), "self-label": (1, 1)}}
+FLAGS = {"scan": "--cluster-epochs 4 --self-label-epochs 4 --neighbours 5 --threshold 0 --heads 1 "
+                 "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
+PEAK = {"H100": 989, "H200": 989, "A100": 312, "A6000": 155, "4090": 165}   # dense bf16, TFLOP/s
 
 
 def rate(work, images, device, seconds=6.):
@@ -47,36 +60,54 @@ def rate(work, images, device, seconds=6.):
     return statistics.median(rates)
 
 
-def training_step(args, device):
-    """-> function of two views that does what any method must: forward, backward, step."""
+def training_step(args, device, update=True):
+    """-> function of views to train on and views to pass without a gradient, or None"""
     net = common.resnet18(32, args.width, args.stem_stride).to(device)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-    def work(x1, x2):
+    def work(trained, free=None):
         with common.autocast(device):
-            h = net(torch.cat([x1, x2]))
+            h = net(trained)
+            if free is not None:
+                with torch.no_grad():
+                    net(free)
         optimizer.zero_grad(set_to_none=True)
         h.float().square().mean().backward()
-        optimizer.step()
+        if update:
+            optimizer.step()
     return work
 
 
-def bare(args, device):
-    views = [torch.randn(args.batch_size, 3, 32, 32, device=device) for _ in range(2)]
-    views = [view.to(memory_format=torch.channels_last) for view in views]
-    work = training_step(args, device)
+def random_views(args, device, trained, free=0):
+    return [torch.randn(n * args.batch_size, 3, 32, 32, device=device).to(
+        memory_format=torch.channels_last) if n else None for n in (trained, free)]
+
+
+def bare(args, device, trained, free, update=True):
+    views, work = random_views(args, device, trained, free), training_step(args, device, update)
     return rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device)
 
 
-def script(module, args, device):
-    """images/s of epochs 2.. of the real script on shapes, and the share of them spent on views."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        module.main(["--out", f"{folder}/run", "--epochs", "4", "--width", str(args.width),
-                     "--stem-stride", str(args.stem_stride), "--batch-size", str(args.batch_size),
-                     "--device", device.type])
-        log = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")][1:]
-    return (statistics.median(r["images_per_second"] for r in log),
-            statistics.median(r["views_share"] for r in log))
+def script(name, args, device, epochs=4):
+    """{stage: (images/s, share of views)} of the epochs 2.. of the real script on shapes."""
+    module = importlib.import_module(name)
+    report, module.report = module.report, lambda *_: None
+    flags = FLAGS.get(name, "").format(args.batch_size).split()
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            module.main([
+                "--out", f"{folder}/run", "--epochs", str(epochs), "--width", str(args.width),
+                "--stem-stride", str(args.stem_stride), "--batch-size", str(args.batch_size),
+                "--device", device.type, *["--compile"] * args.compile, *flags])
+            log = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
+    finally:
+        module.report = report
+    found = {}
+    for stage in SCRIPTS[name]:
+        records = [r for r in log if r.get("stage", "") == stage][1:]
+        found[stage] = [statistics.median(r[key] for r in records)
+                        for key in ("images_per_second", "views_share")]
+    return found
 
 
 USUAL = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
@@ -85,27 +116,54 @@ USUAL = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
 
 
 class TwoViews(torch.utils.data.Dataset):
-    def __init__(self, images):
+    def __init__(self, images, two=lambda image: (USUAL(image), USUAL(image))):
         self.images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+        self.two = two
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return USUAL(self.images[i]), USUAL(self.images[i])
+        return self.two(self.images[i])
 
 
-def usual(images, args, device):
+def usual(dataset, args, device):
     loader = torch.utils.data.DataLoader(
-        TwoViews(images), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
+        dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
         persistent_workers=True, pin_memory=device.type == "cuda")
     work = training_step(args, device)
 
     def epoch():
-        for x1, x2 in loader:
-            work(*(x.to(device, non_blocking=True).to(memory_format=torch.channels_last)
-                   for x in (x1, x2)))
+        for views in loader:
+            work(torch.cat([x.to(device, non_blocking=True) for x in views]).to(
+                memory_format=torch.channels_last))
     return rate(epoch, len(loader) * args.batch_size, device)
+
+
+def kornia_views(images, args, device):
+    import kornia.augmentation as K
+    view = torch.nn.Sequential(
+        K.RandomResizedCrop((32, 32), (.2, 1.)), K.RandomHorizontalFlip(),
+        K.ColorJitter(.4, .4, .4, .1, p=.8), K.RandomGrayscale(p=.2)).to(device)
+    work, images = training_step(args, device), images.to(device)
+
+    def steps():
+        for _ in range(10):
+            x = images[torch.randint(len(images), (args.batch_size,))].float() / 255
+            work(torch.cat([view(x), view(x)]).to(memory_format=torch.channels_last))
+    return rate(steps, 10 * args.batch_size, device)
+
+
+def others(images, args, device):
+    """{name: images/s} of the usual pipelines."""
+    found = {"torchvision, DataLoader": usual(TwoViews(images), args, device)}
+    if importlib.util.find_spec("lightly"):
+        from lightly.transforms import SimCLRTransform
+        two = SimCLRTransform(input_size=32, cj_strength=.5, gaussian_blur=0.)
+        found["lightly, DataLoader"] = usual(TwoViews(images, two), args, device)
+    if importlib.util.find_spec("kornia"):
+        found["kornia, on the device"] = kornia_views(images, args, device)
+    return found
 
 
 def views_on_one_core(images):
@@ -121,6 +179,70 @@ def views_on_one_core(images):
     return ours, theirs
 
 
+def evaluation_seconds(args, device):
+    """Of the scores of 50,000 + 10,000 features in ten overlapping groups."""
+    rng, d = torch.Generator().manual_seed(0), 8 * args.width
+    labels = torch.arange(60_000) % 10
+    features = torch.randn(10, d, generator=rng)[labels] + 3 * torch.randn(60_000, d, generator=rng)
+    features = features.to(device)
+    splits = [common.Split(labels[part], labels[part], [])         # evaluate looks at no pixel
+              for part in (slice(0, 50_000), slice(50_000, None))]
+    data, began = common.Dataset("random", *splits, list("0123456789"), ""), time.perf_counter()
+    common.evaluate(features[:50_000], features[50_000:], data, 10, 0)
+    return time.perf_counter() - began
+
+
+def tera_operations(args, device):
+    """TFLOP of a training step of two views of an image, by torch's own count."""
+    with FlopCounterMode(display=False) as counter:
+        training_step(args, device)(random_views(args, device, 2)[0])
+    return counter.get_total_flops() / args.batch_size / 1e12
+
+
+def profile(name, args, device):
+    """An epoch of the real script, by torch.profiler: operations, kernels and their times."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=kinds) as seen:
+        script(name, args, device, epochs=2)
+    table = seen.key_averages()
+    print(table.table(sort_by=f"self_{device.type}_time_total", row_limit=25,
+                      max_name_column_width=50))
+    launches = sum(e.count for e in table if e.key in ("cudaLaunchKernel", "cuLaunchKernel"))
+    print(f"{sum(e.count for e in table):,} operations, {launches:,} kernel launches")
+
+
+def measure(args, device):
+    """-> {row: figure}"""
+    gpu = device.type == "cuda"
+    images = common.load_dataset("shapes").train.images
+    table = {"device": torch.cuda.get_device_name() if gpu else "CPU", "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "width": args.width,
+             "stem stride": args.stem_stride, "batch size": args.batch_size,
+             "precision": str(common.fast_dtype(device)).removeprefix("torch.")}
+    known = {passes: bare(args, device, *passes)
+             for passes in {p for stages in SCRIPTS.values() for p in stages.values()}}
+    table["bare, two views"] = known[2, 0]
+    table["share of the optimizer in it"] = 1 - known[2, 0] / bare(args, device, 2, 0, False)
+    for name, stages in SCRIPTS.items():
+        for stage, (speed, views) in script(name, args, device).items():
+            row, bound = f"{name} {stage}".strip(), known[stages[stage]]
+            table.update({row: speed, f"{row}, bare": bound, f"{row} / bare": speed / bound,
+                          f"{row}, share of views": views})
+    for name, speed in others(images, args, device).items():
+        table.update({name: speed, f"identitize / {name}": table["identitize"] / speed})
+    table["views, one core"], table["views, torchvision, one core"] = views_on_one_core(images)
+    table["views / torchvision"] = table["views, one core"] / table["views, torchvision, one core"]
+    table["evaluation of 60,000, seconds"] = evaluation_seconds(args, device)
+    table["identitize, TFLOP/s"] = tera_operations(args, device) * table["identitize"]
+    if gpu:
+        peak = next((v for k, v in PEAK.items() if k in table["device"]), None)
+        if peak:
+            table["identitize, share of the peak"] = table["identitize, TFLOP/s"] / peak
+        table["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, help="64 on a GPU, else 16")
@@ -128,7 +250,9 @@ def main():
     parser.add_argument("--batch-size", type=int, help="512 on a GPU, else 64")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--compile", action="store_true", help="of the scripts")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", choices=SCRIPTS, help="of one script, instead of the table")
     args = parser.parse_args()
     device = common.pick_device(args.device)
     gpu = device.type == "cuda"
@@ -137,27 +261,16 @@ def main():
     args.batch_size = args.batch_size or (512 if gpu else 64)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.workers = 16 if gpu else torch.get_num_threads()
-    images = common.load_dataset("shapes").train.images
-    table = {"device": torch.cuda.get_device_name() if gpu else "CPU",
-             "threads": torch.get_num_threads(), "width": args.width,
-             "stem_stride": args.stem_stride,
-             "batch_size": args.batch_size,
-             "precision": str(common.fast_dtype(device))}
-    table["bare"] = bare(args, device)
-    for name, module in SCRIPTS.items():
-        table[name], table[f"{name}: share of views"] = script(module, args, device)
-        table[f"{name} / bare"] = table[name] / table["bare"]
-    table["usual"] = usual(images, args, device)
-    table["views"], table["views, torchvision"] = views_on_one_core(images)
-    table["views / torchvision"] = table["views"] / table["views, torchvision"]
-    if gpu:
-        table["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    args.workers = os.cpu_count() if gpu else torch.get_num_threads()
+    if args.profile:
+        profile(args.profile, args, device)
+        return
+    table = measure(args, device)
     if args.json:
         print(json.dumps(table))
     else:
         for key, value in table.items():
-            print(f"{key:32} {value:,.2f}" if isinstance(value, float) else f"{key:32} {value}")
+            print(f"{key:36} {value:,.2f}" if isinstance(value, float) else f"{key:36} {value}")
 
 
 if __name__ == "__main__":

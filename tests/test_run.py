@@ -31,7 +31,7 @@ def images_of(n=6, m=4, labelled=True, fingerprint="aaaa", name="pets"):
 
 def arguments(folder, **other):
     shared = {"dataset": "pets", "data_dir": "data", "epochs": 10, "seed": 0, "width": 4, "lr": .1,
-              "batch_size": 2, "device": "cpu", "compile": False, "resume": False}
+              "batch_size": 2, "clusters": 4, "device": "cpu", "compile": False, "resume": False}
     return SimpleNamespace(**{**shared, "out": str(folder), **other})
 
 
@@ -570,7 +570,17 @@ def test_pictures_are_there_with_labels_and_without(tmp_path, labelled, m):
     assert {"log.jsonl", "checkpoint.pt", "backbone.pt", "result.json", "clusters.csv",
             "prototypes.png"} <= names
     assert ("confusion.png" in names) is labelled
+    assert ("sheets" in names) is ("summary.txt" in names) is not labelled
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_images_without_labels_end_with_a_sheet_for_each_cluster_and_words(tmp_path, capsys):
+    end(tmp_path / "run", images_of(9, 0, labelled=False))         # clusters 0 1 2 3 0 1 2 3 0
+    sheets = sorted(f.name for f in (tmp_path / "run" / "sheets").iterdir())
+    assert sheets == [f"cluster-{c:03}.png" for c in range(4)]
+    text = capsys.readouterr().out
+    assert "the largest cluster holds 33%, the smallest 22.2%; 0 of 4 are empty" in text
+    assert (tmp_path / "run" / "summary.txt").read_text() in text
 
 
 def test_a_class_name_that_is_no_text_does_not_cost_the_results(tmp_path):
