@@ -1217,7 +1217,7 @@ class Run:
                          "images": data.fingerprint}
         self.epoch, self.log, self.pending = 0, [], None
         self.seconds = 0.                                          # of training, all parts together
-        self.saved_at, self.save_seconds = time.time(), 0.
+        self.saved_at, self.save_seconds, self.ended = time.time(), 0., time.time()
         self.current = self.folder / "checkpoint.pt"
         self.previous = self.folder / "checkpoint.previous.pt"
         if self.folder.exists() and not self.folder.is_dir():
@@ -1301,6 +1301,7 @@ class Run:
                         "seconds": self.seconds, "log": on_cpu(self.log), "state": on_cpu(state)}
         if time.time() - self.saved_at >= 20 * self.save_seconds:
             self.flush()
+        self.ended = time.time()
 
     def flush(self):
         """Write the state of the last finished epoch, if it is not on disk yet."""
@@ -1343,7 +1344,9 @@ class Run:
         save_cluster_pictures(self.folder, self.data, found)
         if not self.data.classes:
             save_sheets(self.folder, self.data, found, self.args.clusters)
-        print(f"\n{clock_text(self.seconds)} of training. {self.folder} holds "
+        views = sum(r["seconds"] * r["views_share"] for r in self.log) / max(self.seconds, 1e-9)
+        print(f"\n{clock_text(self.seconds)} of training, {views:.0%} of it making views, and "
+              f"{clock_text(time.time() - self.ended)} for the report. {self.folder} holds "
               f"{', '.join(sorted(f.name for f in self.folder.iterdir()))}")
 
 

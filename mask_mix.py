@@ -199,8 +199,8 @@ def draw_mixing(n, alpha, rng):
 # 4. Hyper-parameters
 
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=18, batch_size=64, width=16, stem_stride=2, crop=.5, jitter=.4, gray=.6,
-                   lr=.06, ema=.97, predictor_lr=5.),
+    "shapes": dict(epochs=16, batch_size=64, width=16, stem_stride=2, crop=.5, jitter=.8, gray=.9,
+                   ema=.7, predictor_lr=5.),
 }
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
 from types import SimpleNamespace
 
@@ -544,6 +545,12 @@ def test_clusters_csv_keeps_odd_names(tmp_path):
     data = data._replace(train=data.train._replace(names=odd))
     end(tmp_path / "run", data._replace(test=data.train))
     assert [row[0] for row in rows_of(tmp_path / "run")[1:]] == odd
+
+
+def test_a_run_ends_by_saying_where_its_time_went(tmp_path, capsys):
+    end(tmp_path / "run", images_of())
+    assert re.search(r"0s of training, \d+% of it making views, and \ds for the report",
+                     capsys.readouterr().out)
 
 
 def test_result_json_tells_scores_protocol_settings_and_versions(tmp_path):
