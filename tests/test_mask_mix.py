@@ -426,3 +426,13 @@ def test_a_run_leaves_its_scores_and_pictures(tmp_path, flags):
     assert {"views.png", "mixing.png", "prototypes.png", "confusion.png", "clusters.csv"} <= left
     scores = json.loads((run / "result.json").read_text())["scores"]["mask_mix"]
     assert 0 <= scores["knn"] <= 1 and 0 <= scores["knn_masked"] <= 1
+
+
+@pytest.mark.slow
+def test_on_shapes_it_passes_the_pixels_and_sees_through_masks(tmp_path, two_threads):
+    # Five eighths of the default's epochs.
+    mask_mix.main(["--epochs", "10", "--device", "cpu", "--out", str(tmp_path / "run")])
+    scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
+    pixels, ours = scores["raw pixels"], scores["mask_mix"]
+    assert ours["knn"] > pixels["knn"] + .05
+    assert ours["knn_masked"] > pixels["knn_masked"] + .05
