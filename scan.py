@@ -58,7 +58,18 @@ Note: self-labelling neither lowered these nor had much to raise. What it needs 
 hand-over: 60 to 82 % of the images were above .99 in its first epoch, 79 to 93 % in its last, and
 no cluster was missing. Step 2 gets there with lr 1e-3 in place of the released 1e-4. In seed 0 two
 clusters share discs and squares, sure of themselves, which no self-labelling can undo.
-Not run: --neighbours 0, --true-neighbours, --self-label-views simclr, over-clustering at full size.
+
+    CIFAR-10 (JPEG), 10,000 images, seed 0, ACC on test after step 2, all from one pretext of 16
+    epochs (the README has its command; then --pretext FILE --cluster-epochs 8 --cluster-lr 1e-3):
+
+    k-means on the pretext's h    .284         --neighbours 0      .250
+    --neighbours 20               .295         --true-neighbours   .284
+    --clusters 20, majority vote  .310
+
+    Neighbours do what augmentations alone cannot, as in the paper, although only 30 % of the 20 are
+    of the same class. That true ones alone did not help is unlike the paper, whose networks and
+    epochs are far larger.
+Not run: --self-label-views simclr, the paper's lengths, a GPU.
 """
 import copy
 import json
