@@ -29,6 +29,13 @@ def test_the_readme_shows_commands():
     assert len(readme_commands()) >= 3
 
 
+def test_the_readme_knows_how_long_the_files_are():
+    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text())
+    assert len(rows) == 5
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
 @pytest.mark.parametrize("script, arguments", readme_commands())
 def test_every_command_of_the_readme_is_understood_by_its_script(script, arguments):
     if arguments == ["--help"]:                    # prints, and leaves with 0
