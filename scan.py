@@ -69,8 +69,8 @@ clusters share discs and squares, sure of themselves, which no self-labelling ca
     Neighbours do what augmentations alone cannot, as in the paper, although only 30 % of the 20 are
     of the same class. That true ones alone did not help is unlike the paper, whose networks and
     epochs are far larger.
-    On shapes, on the backbone of identitize.py --seed 0: step 2 .938, step 3 .944 with strong views,
-    .867 and a cluster lost with --self-label-views simclr.
+    On shapes, on the backbone of identitize.py --seed 0: step 2 .938, step 3 .944 with strong
+    views, .867 and a cluster lost with --self-label-views simclr.
 Not run: the paper's lengths, a GPU.
 """
 import copy
