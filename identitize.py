@@ -46,9 +46,8 @@ Differences from the paper, as far as they can be known: choices of ours
         an identity that any one-hot agreement reaches, and learn more slowly.
     D2  How C is pushed to the identity: by cross-entropy over its rows and columns. It contrasts
         clusters with clusters, never images with images, and stops short of the identity (rms
-        off-diagonal .36 at the end). The literal reading, squares, learns more slowly: with
-        --clusters-head 32 --batch-size 64 --epochs 15 --seed 2 it ended at kNN .698 (--identity
-        square), cross-entropy at .932.
+        off-diagonal .36 at the end). The literal reading, squares, learns more slowly (--identity
+        square, below).
     D3  Standardising every cluster over the batch is itself a mild balancing: a cluster that
         nothing uses has no variance. "No cluster-balancing" holds for the loss, not quite for this.
     D4  L_swap takes n, not s. C ignores a constant added to a column of s, so a swap on s can push

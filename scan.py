@@ -60,7 +60,7 @@ no cluster was missing. Step 2 gets there with lr 1e-3 in place of the released 
 clusters share discs and squares, sure of themselves, which no self-labelling can undo.
 
     CIFAR-10 (JPEG), 10,000 images, seed 0, ACC on test after step 2, all from one pretext of 16
-    epochs (the README has its command; then --pretext FILE --cluster-epochs 8 --cluster-lr 1e-3):
+    epochs (the README has its command; then --pretext RUN/pretext.pt, the same other flags):
 
     k-means on the pretext's h    .284         --neighbours 0      .250
     --neighbours 20               .295         --true-neighbours   .284
@@ -87,8 +87,8 @@ from common import (NAMES, Clock, Clustering, Damaged, Meter, Parser, Run, UserE
                     adjust_brightness, adjust_contrast, adjust_saturation, autocast, baselines,
                     batches, beside, check_sizes, cluster_scores, color_jitter, cosine_lr, describe,
                     embed, evaluate, fast_dtype, fetch, generator, grid, load_checked, load_dataset,
-                    normalise, number, pick_device, pixel_statistics, print_scores,
-                    random_grayscale, random_resized_crop, resnet18, run_script,
+                    normalise, number, on_cpu, pick_device, pixel_statistics, print_scores,
+                    random_grayscale, random_resized_crop, resnet18, run_script, save_atomically,
                     save_cluster_pictures, save_picture, save_views, set_lr, step, subset,
                     to_device)
 
@@ -582,6 +582,8 @@ def hand_over(args, run, net, learn, labels, part, clusters, statistics, device)
     They live in the checkpoint, so they are never stale. Labels serve print and one ablation."""
     data, kept = run.data, {"neighbour_accuracy": {}}
     h = [embed(net.backbone, s.images, statistics, device) for s in (data.train, data.test)]
+    if not args.pretext:                                           # for --pretext: steps 2 and 3
+        save_atomically(run.folder / "pretext.pt", on_cpu(net.backbone.state_dict()))
     kept["table"] = {"pretext + k-means": evaluate(*h, data, clusters, args.seed, part)[0]}
     neighbours = mine(F.normalize(embed(net, learn, statistics, device), dim=1), args.neighbours)
     shown = torch.linspace(0, len(learn) - 1, min(12, len(learn))).long()

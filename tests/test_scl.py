@@ -301,23 +301,10 @@ def test_split_all_takes_every_image_where_there_are_no_labels():
 
 
 # ------------------------------------------------------------------------------------------------
-# Whole runs, on 160 images
+# Whole runs, on 300 images
 
 TINY = ("--width 2 --batch-size 32 --image-size 16 --epochs 4 --warmup .5 --positives 3 "
         "--device cpu").split()
-
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    """shapes, cut to 160 images for training and 100 for testing."""
-    load = scl.load_dataset
-
-    def cut(*args):
-        data = load(*args)
-        parts = [common.Split(s.images[:n], s.labels[:n], s.names[:n])
-                 for s, n in ((data.train, 160), (data.test, 100))]
-        return data._replace(train=parts[0], test=parts[1])
-    monkeypatch.setattr(scl, "load_dataset", cut)
 
 
 def trained(folder, *flags):
@@ -326,11 +313,12 @@ def trained(folder, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_shapes")
 def test_a_run_leaves_its_scores_its_pictures_and_its_clusters(tmp_path):
     folder = tmp_path / "run"
     state = trained(folder)["state"]
-    assert torch.allclose(state["memory"].norm(dim=1), torch.ones(160))
-    assert state["clusters"].shape == (160,) and set(state["clusters"].tolist()) <= set(range(10))
+    assert torch.allclose(state["memory"].norm(dim=1), torch.ones(300))
+    assert state["clusters"].shape == (300,) and set(state["clusters"].tolist()) <= set(range(10))
     result = json.loads((folder / "result.json").read_text())
     assert {"scl, visual", "scl, boundary", "scl, both"} <= result["scores"].keys()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -341,6 +329,7 @@ def test_a_run_leaves_its_scores_its_pictures_and_its_clusters(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_shapes")
 def test_the_baseline_is_instance_discrimination_to_the_end(tmp_path):
     state = trained(tmp_path / "run", "--contrast", "instance", "--alpha", "0")["state"]
     assert state["clusters"] is None
@@ -348,6 +337,7 @@ def test_the_baseline_is_instance_discrimination_to_the_end(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_shapes")
 @pytest.mark.parametrize("flags", [
     "--split all", "--train-size 100", "--clusters 23", "--alpha 0 --positives 0",
     "--contrast instance", "--assign both --vote sum", "--warmup 0", "--warmup 1"])
