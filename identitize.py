@@ -202,7 +202,8 @@ def make_views(size, crop, jitter, gray, statistics):
 # 4. Hyper-parameters
 
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=24, batch_size=32, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6),
+    "shapes": dict(epochs=24, batch_size=32, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6,
+                   epsilon=.01),
 }
 
 
@@ -244,6 +245,7 @@ def parse(argv=None):
         help="what C correlates; assignments: probabilities, reading A (D1)")
     add("--targets", choices=("identity", "sinkhorn"), default="identity",
         help="sinkhorn: SwAV's equal-size targets in place of L_id, the rival with balancing")
+    add("--epsilon", type=number(float, 1e-4), default=.05, help="of the rival: sharper when small")
     add("--imbalance", type=number(float, 1), default=1., help="r: learn from a long tail, "
         "n_c = n_max r^(-c/(C-1)); hold it against --train-size of as many images")
     dataset = parser.parse_known_args(argv)[0].dataset
@@ -265,7 +267,7 @@ def losses(s1, s2, args):
     p1, p2 = ((n / args.swap_temperature).softmax(1) for n in (n1, n2))
     c = cross_correlation(s1, s2) if args.correlate == "scores" else assignment_correlation(p1, p2)
     if args.targets == "sinkhorn":                                 # codes of the other view
-        q1, q2 = sinkhorn(s1), sinkhorn(s2)
+        q1, q2 = sinkhorn(s1, args.epsilon), sinkhorn(s2, args.epsilon)
         log_p1, log_p2 = (F.log_softmax(s / .1, 1) for s in (s1, s2))           # SwAV's temperature
         identity = -(q2 * log_p1 + q1 * log_p2).sum(1).mean() / 2
     elif args.identity == "square":

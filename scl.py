@@ -114,14 +114,15 @@ def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
     equally similar. With one cluster nothing is pushed and it is exactly 0."""
     s = similarity / tau                                                        # BxN
     same = clusters == clusters[own][:, None]                                   # BxN
-    pulled = torch.zeros_like(same).scatter(1, own[:, None], True)
+    pulled, missing = own[:, None], torch.zeros_like(own, dtype=torch.bool)[:, None]
     if positives:
-        others = s.detach().masked_fill(~same | pulled, -math.inf)
-        nearest = others.topk(min(positives, s.shape[1]), 1).indices            # Bxk
-        pulled = pulled.scatter(1, nearest, True) & same           # & same: fewer than k members
-    numerator = s.masked_fill(~pulled, -math.inf).logsumexp(1)
-    denominator = s.masked_fill(~pulled & same, -math.inf).logsumexp(1)
-    return (denominator - numerator).mean()
+        others = s.detach().masked_fill(~same, -math.inf).scatter(1, own[:, None], -math.inf)
+        nearest = others.topk(min(positives, s.shape[1]), 1)                    # Bxk
+        pulled = torch.cat([pulled, nearest.indices], 1)                        # Bx(1 + k)
+        missing = torch.cat([missing, nearest.values.isinf()], 1)               # fewer than k
+    near = s.gather(1, pulled).masked_fill(missing, -math.inf).logsumexp(1)     # ln of the pulled
+    far = s.masked_fill(same, -math.inf).logsumexp(1)                           # and of the pushed
+    return -F.logsigmoid(near - far).mean()                # e^near / (e^near + e^far) of each image
 
 
 def visual_prediction(similarity, clusters, k, tau, own=None, vote="sum"):
@@ -304,11 +305,11 @@ def losses(x, logits, own, memory, clusters, args):
     own = torch.cat([own, own])                                                 # 2B
     twin = torch.arange(len(x), device=x.device).roll(len(x) // 2)              # the other view
     similarity = x @ memory.t()                                                 # 2BxN, once for all
-    c = clusters
+    c, positives = clusters, args.positives
     if c is None or args.contrast == "instance":                   # each image is its own cluster
-        c = torch.arange(len(memory), device=x.device)
+        c, positives = torch.arange(len(memory), device=x.device), 0
     batch = semantic_contrastive_loss(x @ x.t(), twin, c[own], args.tau)
-    bank = semantic_contrastive_loss(similarity, own, c, args.memory_tau, args.positives)
+    bank = semantic_contrastive_loss(similarity, own, c, args.memory_tau, positives)
     loss, terms = batch + args.memory_weight * bank, {"batch": batch, "memory": bank}
     if clusters is not None and args.alpha:
         k = logits.shape[1]

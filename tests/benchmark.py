@@ -7,7 +7,7 @@
 All rows come from one process and one machine state, so that their ratios mean something:
 
     bare        what any method must do: forward, backward, optimizer step, on resident random
-                views, with as many network passes for an image as the method needs
+                views, with the network passes that the method needs
     script      epochs of the real script: its views, losses, gauges, log and checkpoints
     usual       the same network fed by torchvision's transforms on PIL images in a DataLoader;
                 lightly's and kornia's views too, where those packages are installed
@@ -37,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import common  # noqa: E402
 import identitize  # noqa: E402
 
-# Stages of a script: passes of the network for an image, trained and without a gradient.
-SCRIPTS = {"identitize": {"": (2, 0)}, "mask_mix": {"": (4, 2)}, "scl": {"": (2, 0)},
-           "scan": {"pretext": (2, 0), "cluster": (2, 0), "self-label": (1, 1)}}
+# Stages of a script: its passes of the network, trained and without a gradient, each with so many
+# views of every image of the batch.
+SCRIPTS = {"identitize": {"": ((2,), ())}, "mask_mix": {"": ((4,), (2,))}, "scl": {"": ((2,), ())},
+           "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), ()), "self-label": ((1,), (1,))}}
 FLAGS = {"scan": "--cluster-epochs 4 --self-label-epochs 4 --neighbours 5 --threshold 0 --heads 1 "
                  "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
 PEAK = {"H100": 989, "H200": 989, "A100": 312, "A6000": 155, "4090": 165}   # dense bf16, TFLOP/s
@@ -61,31 +62,32 @@ def rate(work, images, device, seconds=6.):
 
 
 def training_step(args, device):
-    """-> function of views to train on and views to pass without a gradient, or None"""
+    """-> function of batches of views to train on and batches to pass without a gradient"""
     net = common.resnet18(32, args.width, args.stem_stride).to(device)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-    def work(trained, free=None):
+    def work(trained, free=()):
         with common.autocast(device):
-            h = net(trained)
-            if free is not None:
-                with torch.no_grad():
-                    net(free)
+            with torch.no_grad():
+                for views in free:
+                    net(views)
+            h = [net(views) for views in trained]
         optimizer.zero_grad(set_to_none=True)
-        h.float().square().mean().backward()
+        torch.cat(h).float().square().mean().backward()
         optimizer.step()
     work.optimizer = optimizer
     return work
 
 
-def random_views(args, device, trained, free=0):
+def random_views(args, device, passes):
     return [torch.randn(n * args.batch_size, 3, 32, 32, device=device).to(
-        memory_format=torch.channels_last) if n else None for n in (trained, free)]
+        memory_format=torch.channels_last) for n in passes]
 
 
 def bare(args, device, trained, free):
     """images/s, and the share of the optimizer in their time."""
-    views, work = random_views(args, device, trained, free), training_step(args, device)
+    work = training_step(args, device)
+    views = [random_views(args, device, passes) for passes in (trained, free)]
     whole = rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device)
     last = rate(lambda: [work.optimizer.step() for _ in range(10)], 10 * args.batch_size, device, 2)
     return whole, whole / last
@@ -138,8 +140,8 @@ def usual(dataset, args, device):
 
     def epoch():
         for views in loader:
-            work(torch.cat([x.to(device, non_blocking=True) for x in views]).to(
-                memory_format=torch.channels_last))
+            work([torch.cat([x.to(device, non_blocking=True) for x in views]).to(
+                memory_format=torch.channels_last)])
     return rate(epoch, len(loader) * args.batch_size, device)
 
 
@@ -153,7 +155,7 @@ def kornia_views(images, args, device):
     def steps():
         for _ in range(10):
             x = images[torch.randint(len(images), (args.batch_size,))].float() / 255
-            work(torch.cat([view(x), view(x)]).to(memory_format=torch.channels_last))
+            work([torch.cat([view(x), view(x)]).to(memory_format=torch.channels_last)])
     return rate(steps, 10 * args.batch_size, device)
 
 
@@ -198,7 +200,7 @@ def evaluation_seconds(args, device):
 def tera_operations(args, device):
     """TFLOP of a training step of two views of an image, by torch's own count."""
     with FlopCounterMode(display=False) as counter:
-        training_step(args, device)(random_views(args, device, 2)[0])
+        training_step(args, device)(random_views(args, device, (2,)))
     return counter.get_total_flops() / args.batch_size / 1e12
 
 
@@ -225,7 +227,7 @@ def measure(args, device):
              "precision": str(common.fast_dtype(device)).removeprefix("torch.")}
     known = {passes: bare(args, device, *passes)
              for passes in {p for stages in SCRIPTS.values() for p in stages.values()}}
-    table["bare, two views"], table["share of the optimizer in it"] = known[2, 0]
+    table["bare, two views"], table["share of the optimizer in it"] = known[(2,), ()]
     for name, stages in SCRIPTS.items():
         for stage, (speed, views) in script(name, args, device).items():
             row, bound = f"{name} {stage}".strip(), known[stages[stage]][0]
