@@ -39,9 +39,11 @@ import identitize  # noqa: E402
 
 # Stages of a script: its passes of the network, trained and without a gradient, each with so many
 # views of every image of the batch.
-SCRIPTS = {"identitize": {"": ((2,), ())}, "mask_mix": {"": ((4,), (2,))}, "scl": {"": ((2,), ())},
+SCRIPTS = {"identitize": {"": ((2,), ())}, "scl": {"": ((2,), ())},
+           "mask_mix": {"": ((2, 2), (2,))},
            "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), ()), "self-label": ((1,), (1,))}}
-FLAGS = {"scan": "--cluster-epochs 4 --self-label-epochs 4 --neighbours 5 --threshold 0 --heads 1 "
+FLAGS = {"scl": "--warmup 0",                                      # clusters in every epoch
+         "scan": "--cluster-epochs 3 --self-label-epochs 3 --neighbours 5 --threshold 0 --heads 1 "
                  "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
 PEAK = {"H100": 989, "H200": 989, "A100": 312, "A6000": 155, "4090": 165}   # dense bf16, TFLOP/s
 
@@ -88,12 +90,27 @@ def bare(args, device, trained, free):
     """images/s, and the share of the optimizer in their time."""
     work = training_step(args, device)
     views = [random_views(args, device, passes) for passes in (trained, free)]
-    whole = rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device)
-    last = rate(lambda: [work.optimizer.step() for _ in range(10)], 10 * args.batch_size, device, 2)
+    whole = rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device, 2)
+    last = rate(lambda: [work.optimizer.step() for _ in range(10)], 10 * args.batch_size, device, 1)
     return whole, whole / last
 
 
-def script(name, args, device, epochs=4):
+def beside_bare(name, args, device, rounds=3):
+    """{stage: (images/s, bare images/s, their ratio, share of views)}, medians over rounds. In each
+    the bare network is timed before and after the script: machines change their pace by the
+    minute."""
+    stages, found = SCRIPTS[name], {stage: [] for stage in SCRIPTS[name]}
+    for _ in range(rounds):
+        first = {stage: bare(args, device, *passes)[0] for stage, passes in stages.items()}
+        speeds = script(name, args, device)
+        for stage, (speed, views) in speeds.items():
+            bound = (first[stage] + bare(args, device, *stages[stage])[0]) / 2
+            found[stage].append((speed, bound, speed / bound, views))
+    return {stage: [statistics.median(column) for column in zip(*rows)]
+            for stage, rows in found.items()}
+
+
+def script(name, args, device, epochs=3):
     """{stage: (images/s, share of views)} of the epochs 2.. of the real script on shapes."""
     module = importlib.import_module(name)
     report, module.report = module.report, lambda *_: None
@@ -225,13 +242,11 @@ def measure(args, device):
              "threads": torch.get_num_threads(), "width": args.width,
              "stem stride": args.stem_stride, "batch size": args.batch_size,
              "precision": str(common.fast_dtype(device)).removeprefix("torch.")}
-    known = {passes: bare(args, device, *passes)
-             for passes in {p for stages in SCRIPTS.values() for p in stages.values()}}
-    table["bare, two views"], table["share of the optimizer in it"] = known[(2,), ()]
-    for name, stages in SCRIPTS.items():
-        for stage, (speed, views) in script(name, args, device).items():
-            row, bound = f"{name} {stage}".strip(), known[stages[stage]][0]
-            table.update({row: speed, f"{row}, bare": bound, f"{row} / bare": speed / bound,
+    table["bare, two views"], table["share of the optimizer in it"] = bare(args, device, (2,), ())
+    for name in SCRIPTS:
+        for stage, (speed, bound, ratio, views) in beside_bare(name, args, device).items():
+            row = f"{name} {stage}".strip()
+            table.update({row: speed, f"{row}, bare": bound, f"{row} / bare": ratio,
                           f"{row}, share of views": views})
     for name, speed in others(images, args, device).items():
         table.update({name: speed, f"identitize / {name}": table["identitize"] / speed})
