@@ -4,7 +4,8 @@
     python tests/benchmark.py --threads 1 --json    one core, as JSON
     python tests/benchmark.py --profile scan        where an epoch of scan.py goes, kernel by kernel
 
-All rows come from one process and one machine state, so that their ratios mean something:
+All rows come from one process, with the bare network timed before and after every script, so that
+their ratios mean something:
 
     bare        what any method must do: forward, backward, optimizer step, on resident random
                 views, with the network passes that the method needs
@@ -42,7 +43,7 @@ import identitize  # noqa: E402
 SCRIPTS = {"identitize": {"": ((2,), ())}, "scl": {"": ((2,), ())},
            "mask_mix": {"": ((2, 2), (2,))},
            "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), ()), "self-label": ((1,), (1,))}}
-FLAGS = {"identitize": "--epochs 5",      # C is drawn after 2 and 5: their median is of 3 and 4
+FLAGS = {"identitize": "--epochs 5",      # C is kept after 2 and 5; the median is of 3 and 4
          "scl": "--warmup 0",             # clusters in every epoch
          "scan": "--cluster-epochs 3 --self-label-epochs 3 --neighbours 5 --threshold 0 --heads 1 "
                  "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
@@ -88,12 +89,18 @@ def random_views(args, device, passes):
 
 
 def bare(args, device, trained, free):
-    """images/s, and the share of the optimizer in their time."""
+    """images/s"""
     work = training_step(args, device)
     views = [random_views(args, device, passes) for passes in (trained, free)]
-    whole = rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device, 2)
-    last = rate(lambda: [work.optimizer.step() for _ in range(10)], 10 * args.batch_size, device, 1)
-    return whole, whole / last
+    return rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device, 2)
+
+
+def optimizer_share(args, device):
+    """Of the time of a bare step."""
+    work, views = training_step(args, device), random_views(args, device, (2,))
+    whole, last = (rate(lambda: [once() for _ in range(10)], 10 * args.batch_size, device, 2)
+                   for once in (lambda: work(views), work.optimizer.step))
+    return whole / last
 
 
 def beside_bare(name, args, device, rounds=2):
@@ -102,10 +109,10 @@ def beside_bare(name, args, device, rounds=2):
     minute."""
     stages, found = SCRIPTS[name], {stage: [] for stage in SCRIPTS[name]}
     for _ in range(rounds):
-        first = {stage: bare(args, device, *passes)[0] for stage, passes in stages.items()}
+        first = {stage: bare(args, device, *passes) for stage, passes in stages.items()}
         speeds = script(name, args, device)
         for stage, (speed, views) in speeds.items():
-            bound = (first[stage] + bare(args, device, *stages[stage])[0]) / 2
+            bound = (first[stage] + bare(args, device, *stages[stage])) / 2
             found[stage].append((speed, bound, speed / bound, views))
     return {stage: [statistics.median(column) for column in zip(*rows)]
             for stage, rows in found.items()}
@@ -243,7 +250,7 @@ def measure(args, device):
     yield from {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
                 "width": args.width, "stem stride": args.stem_stride, "batch size": args.batch_size,
                 "precision": str(common.fast_dtype(device)).removeprefix("torch.")}.items()
-    yield "share of the optimizer in bare", bare(args, device, (2,), ())[1]
+    yield "share of the optimizer in bare", optimizer_share(args, device)
     speeds = {}
     for method in SCRIPTS:
         for stage, (speed, bound, ratio, views) in beside_bare(method, args, device).items():
