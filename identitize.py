@@ -39,6 +39,7 @@ network, no memory. Beside it, the assignments of one view are the targets of th
     P         p1, p2                       B x K    assignments, softmax(n / tau)
     mu, w     --mu, --swap-weight                   weights: L = mu L_id + w L_swap
     lam       --lam                                 weight of the off-diagonal of C
+    t, tau    --temperature, --swap-temperature     of C; of P
 
 Differences from the paper, as far as they can be known: choices of ours
     D1  What is correlated: cluster scores, standardised over the batch. The abstract says cluster
@@ -46,8 +47,8 @@ Differences from the paper, as far as they can be known: choices of ours
         an identity that any one-hot agreement reaches, and learn more slowly.
     D2  How C is pushed to the identity: by cross-entropy over its rows and columns. It contrasts
         clusters with clusters, never images with images, and stops short of the identity (rms
-        off-diagonal .36 at the end). The literal reading, squares, learns more slowly (--identity
-        square, below).
+        off-diagonal .36 at the end of seed 0). The literal reading, squares, learns more slowly
+        (--identity square, below).
     D3  Standardising every cluster over the batch is itself a mild balancing: a cluster that
         nothing uses has no variance. "No cluster-balancing" holds for the loss, not quite for this.
     D4  L_swap takes n, not s. C ignores a constant added to a column of s, so a swap on s can push

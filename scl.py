@@ -77,7 +77,7 @@ learning rate restarts too (D2), with k-means on h, as everywhere here, or on x:
 
 It wins in every seed of shapes and of Fashion-MNIST. There the warm-up matters: with --warmup .6
 SCL had .644 .619 .659 and the baseline, on x, .645 .669 .639. On CIFAR-10, at this size, it changes
-nothing. The baseline's kNN is the higher one on both.
+nothing. In the mean the baseline's kNN is the higher one on both.
 Ablations on shapes, seed 0 alone and near the ceiling, visual prediction: .995 with
 --positives 0 and with --beta 0; .989 with --alpha 0 --positives 0; .986 with --contrast instance.
 Not run: the other seeds of these, --vote sum, a GPU, the other data sets, --split all.
