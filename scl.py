@@ -112,18 +112,18 @@ def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
                 are fewer. Members beyond P_i are neither pulled nor pushed
 
     -> scalar >= 0, lower is better. With c_j = j it is instance discrimination: ln N when all are
-    equally similar. With one cluster nothing is pushed and it is exactly 0."""
+    equally similar. With one cluster nothing is pushed and it is 0."""
     s = similarity / tau                                                        # BxN
-    same = clusters == clusters[own][:, None]                                   # BxN
+    kept = clusters != clusters[own][:, None]                                   # BxN, the pushed
     pulled, missing = own[:, None], torch.zeros_like(own, dtype=torch.bool)[:, None]
     if positives:
-        others = s.detach().masked_fill(~same, -math.inf).scatter(1, own[:, None], -math.inf)
-        nearest = others.topk(min(positives, s.shape[1]), 1)                    # Bxk
+        others = s.detach().masked_fill(kept, -math.inf).scatter_(1, own[:, None], -math.inf)
+        nearest = others.topk(min(positives, s.shape[1]), 1, sorted=False)      # Bxk
         pulled = torch.cat([pulled, nearest.indices], 1)                        # Bx(1 + k)
         missing = torch.cat([missing, nearest.values.isinf()], 1)               # fewer than k
-    near = s.gather(1, pulled).masked_fill(missing, -math.inf).logsumexp(1)     # ln of the pulled
-    far = s.masked_fill(same, -math.inf).logsumexp(1)                           # and of the pushed
-    return -F.logsigmoid(near - far).mean()                # e^near / (e^near + e^far) of each image
+    kept = kept.scatter_(1, pulled, True)                          # a missing one is kept already
+    log_p = s.masked_fill(~kept, -math.inf).log_softmax(1)         # of being i's own, among them
+    return -log_p.gather(1, pulled).masked_fill(missing, -math.inf).logsumexp(1).mean()
 
 
 def visual_prediction(similarity, clusters, k, tau, own=None, vote="sum"):

@@ -4,11 +4,11 @@
     python tests/benchmark.py --threads 1 --json    one core, as JSON
     python tests/benchmark.py --profile scan        where an epoch of scan.py goes, kernel by kernel
 
-All rows come from one process, with the bare network timed before and after every script, so that
-their ratios mean something:
+All rows come from one process, with the bare network timed between the epochs of every script, so
+that their ratios mean something:
 
-    bare        what any method must do: forward, backward, optimizer step, on resident random
-                views, with the network passes that the method needs
+    bare        the network alone, backbone and head: forward, backward, optimizer step, on resident
+                random views, in the passes that the method needs
     script      epochs of the real script: its views, losses, gauges, log and checkpoints
     usual       the same network fed by torchvision's transforms on PIL images in a DataLoader;
                 lightly's and kornia's views too, where those packages are installed
@@ -17,7 +17,6 @@ their ratios mean something:
 """
 import argparse
 import contextlib
-import importlib
 import importlib.util
 import io
 import json
@@ -37,15 +36,17 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import common  # noqa: E402
 import identitize  # noqa: E402
+import mask_mix  # noqa: E402
+import scan  # noqa: E402
+import scl  # noqa: E402
 
-# Stages of a script: its passes of the network, trained and without a gradient, each with so many
-# views of every image of the batch.
+# Stages of a script: its passes of the network, trained and without a gradient (cluster: to choose
+# the epoch), each with so many views of every image of the batch.
 SCRIPTS = {"identitize": {"": ((2,), ())}, "scl": {"": ((2,), ())},
            "mask_mix": {"": ((2, 2), (2,))},
-           "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), ()), "self-label": ((1,), (1,))}}
-FLAGS = {"identitize": "--epochs 5",      # C is kept after 2 and 5; the median is of 3 and 4
-         "scl": "--warmup 0",             # clusters in every epoch
-         "scan": "--cluster-epochs 3 --self-label-epochs 3 --neighbours 5 --threshold 0 --heads 1 "
+           "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), (1,)), "self-label": ((1,), (1,))}}
+FLAGS = {"scl": "--warmup 0",             # clusters in every epoch
+         "scan": "--cluster-epochs {1} --self-label-epochs {1} --neighbours 5 --threshold 0 "
                  "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
 PEAK = {"H100": 989, "H200": 989, "A100": 312, "A6000": 155, "4090": 165}   # dense bf16, TFLOP/s
 
@@ -65,9 +66,25 @@ def rate(work, images, device, seconds=6.):
     return statistics.median(rates)
 
 
-def training_step(args, device):
+def network(script, args):
+    """Backbone and head of a script, or of one of its stages; None: the backbone alone."""
+    backbone, d = common.resnet18(32, args.width, args.stem_stride), 8 * args.width
+    if script == "identitize":
+        return identitize.Network(backbone, d, 64)
+    if script == "scl":
+        return torch.nn.Sequential(backbone, scl.Network(backbone, d, 10).head)
+    if script == "mask_mix":
+        net = mask_mix.Network(backbone, d, 1)
+        return torch.nn.Sequential(backbone, net.projector, *net.predictors)
+    if script:
+        return scan.Network(backbone, scan.projection(d) if script == "scan pretext" else
+                            scan.cluster_heads(d, 1, 10))
+    return backbone
+
+
+def training_step(args, device, script=None):
     """-> function of batches of views to train on and batches to pass without a gradient"""
-    net = common.resnet18(32, args.width, args.stem_stride).to(device)
+    net = network(script, args).to(device)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
     def work(trained, free=()):
@@ -75,9 +92,9 @@ def training_step(args, device):
             with torch.no_grad():
                 for views in free:
                     net(views)
-            h = [net(views) for views in trained]
+            out = [net(views).flatten(1) for views in trained]
         optimizer.zero_grad(set_to_none=True)
-        torch.cat(h).float().square().mean().backward()
+        torch.cat(out).float().square().mean().backward()
         optimizer.step()
     work.optimizer = optimizer
     return work
@@ -88,9 +105,9 @@ def random_views(args, device, passes):
         memory_format=torch.channels_last) for n in passes]
 
 
-def bare(args, device, trained, free):
+def bare(script, args, device, trained, free):
     """images/s"""
-    work = training_step(args, device)
+    work = training_step(args, device, script)
     views = [random_views(args, device, passes) for passes in (trained, free)]
     return rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device, 2)
 
@@ -103,41 +120,57 @@ def optimizer_share(args, device):
     return whole / last
 
 
-def beside_bare(name, args, device, rounds=2):
-    """{stage: (images/s, bare images/s, their ratio, share of views)}, medians over rounds. In each
-    the bare network is timed before and after the script: machines change their pace by the
-    minute."""
-    stages, found = SCRIPTS[name], {stage: [] for stage in SCRIPTS[name]}
-    for _ in range(rounds):
-        first = {stage: bare(args, device, *passes) for stage, passes in stages.items()}
-        speeds = script(name, args, device)
-        for stage, (speed, views) in speeds.items():
-            bound = (first[stage] + bare(args, device, *stages[stage])) / 2
-            found[stage].append((speed, bound, speed / bound, views))
-    return {stage: [statistics.median(column) for column in zip(*rows)]
-            for stage, rows in found.items()}
+@contextlib.contextmanager
+def after_every_epoch(what):
+    """Call what(its record) after each epoch that a script ends, outside of its clock."""
+    end_epoch = common.Run.end_epoch
 
-
-def script(name, args, device, epochs=3):
-    """{stage: (images/s, share of views)} of the epochs 2.. of the real script on shapes."""
-    module = importlib.import_module(name)
-    report, module.report = module.report, lambda *_: None
-    flags = FLAGS.get(name, "").format(args.batch_size).split()
+    def both(run, record, images, clock, *rest):
+        end_epoch(run, record, images, clock, *rest)
+        what(run.log[-1])
+        clock.read()
+    common.Run.end_epoch = both
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        yield
+    finally:
+        common.Run.end_epoch = end_epoch
+
+
+def script(name, args, device, epochs, after=lambda record: None):
+    """Train with the real script on shapes, without its report. -> its log"""
+    module = sys.modules[name]
+    report, module.report = module.report, lambda *_: None
+    flags = FLAGS.get(name, "").format(args.batch_size, epochs).split()
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+                after_every_epoch(after):
             module.main([
                 "--out", f"{folder}/run", "--epochs", str(epochs), "--width", str(args.width),
                 "--stem-stride", str(args.stem_stride), "--batch-size", str(args.batch_size),
                 "--device", device.type, *["--compile"] * args.compile, *flags])
-            log = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
+            return [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
     finally:
         module.report = report
-    found = {}
-    for stage in SCRIPTS[name]:
-        records = [r for r in log if r.get("stage", "") == stage][1:]
-        found[stage] = [statistics.median(r[key] for r in records)
-                        for key in ("images_per_second", "views_share")]
-    return found
+
+
+def beside_bare(name, args, device, epochs=8):
+    """{stage: (images/s, bare images/s, their ratio, share of views)} of a script, medians over
+    epochs. The bare network is timed between the epochs, and an epoch compared with its two
+    neighbours: machines change their pace by the second."""
+    bounds = []
+
+    def between(record):
+        stage = record.get("stage", "")
+        bounds.append(bare(f"{name} {stage}".strip(), args, device, *SCRIPTS[name][stage]))
+    log = script(name, args, device, epochs, between)
+    found = {stage: [] for stage in SCRIPTS[name]}
+    for last, record, before, after in zip(log, log[1:], bounds, bounds[1:]):
+        stage, bound = record.get("stage", ""), (before + after) / 2
+        if stage == last.get("stage", ""):                         # the first epoch warms up
+            speed = record["images_per_second"]
+            found[stage].append((speed, bound, speed / bound, record["views_share"]))
+    return {stage: [statistics.median(column) for column in zip(*rows)]
+            for stage, rows in found.items()}
 
 
 USUAL = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
