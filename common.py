@@ -70,8 +70,9 @@ def run_script(train, args):
         code, line = 2, str(error)
     except NotFinite as error:
         code, line = 1, str(error)
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted; finished epochs are kept, --resume continues after them"
+    except KeyboardInterrupt as stop:
+        code, line = 130, str(stop) or ("interrupted; finished epochs are kept, --resume continues "
+                                        "after them")
     except (torch.OutOfMemoryError, MemoryError):
         code, line = 1, memory
     except BrokenPipeError:                                         # the reader of our output left
@@ -1316,7 +1317,11 @@ class Run:
             self.save_seconds = self.saved_at - began
 
     def __exit__(self, kind, error, trace):
-        self.flush()
+        try:
+            self.flush()
+        except KeyboardInterrupt:                                  # the second Ctrl-C
+            raise KeyboardInterrupt("interrupted while saving; --resume continues after the "
+                                    "checkpoint before") from None
 
     def finish(self, scores, backbone, found, **more):
         """The end of a run: result.json, backbone.pt, clusters.csv, prototypes.png and, with

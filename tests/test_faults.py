@@ -250,6 +250,7 @@ def test_ctrl_c_ends_with_130_and_a_second_one_while_saving_ends_at_once(script,
     with open(f"{folder}.txt") as file:
         text = file.read()
     assert "Traceback" not in text and text.count("--resume continues") == 2
+    assert text.index("finished epochs are kept") < text.index("interrupted while saving")
     assert common.load_checked(folder / "checkpoint.pt")["epoch"] >= kept
     assert finish(script, folder, "--resume")[0] == 0
     assert_equal_runs(whole(script)[0], folder)
