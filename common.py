@@ -1131,6 +1131,12 @@ def print_scores(table, data):
     print("".join(f"  {score}: {words}\n" for score, words in protocol(data).items()), end="")
 
 
+def print_row(name, scores):
+    """One line: the scores of a clustering."""
+    print(f"{name}: ACC {scores['acc']:.3f}  NMI {scores['nmi']:.3f}  ARI {scores['ari']:.3f}  "
+          f"({scores['rule']})")
+
+
 # ------------------------------------------------------------------------------------------------
 # 8. Run folder. Nothing is lost: a file is complete before it gets its name.
 
@@ -1177,6 +1183,35 @@ def load_checked(path):
     except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError,
             NotImplementedError, zipfile.zlib.error, pickle.UnpicklingError) as error:
         raise Damaged(f"{path}: {_one_line(error)}") from None
+
+
+def read_backbone(path, backbone, args, data):
+    """-> weights for `backbone` from a backbone.pt. Strict: a tensor that is missing, left over or
+    of another shape is refused, and so is another dataset. Weights that silently stay random are a
+    known accident."""
+    try:
+        weights = load_checked(path)
+        about = Path(path).with_name("result.json")
+        made = json.loads(about.read_text()) if about.exists() else None
+    except (OSError, Damaged, ValueError) as error:
+        raise UserError(f"--pretext {path}: {error}") from None
+    weights = weights if isinstance(weights, dict) else {}
+    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
+    own = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
+    wrong = [k for k in {**own, **shapes} if own.get(k) != shapes.get(k)]
+    if wrong:
+        there, here = (s.get(wrong[0], "absent") for s in (shapes, own))
+        raise UserError(f"--pretext {path}: {len(wrong)} tensors do not fit, {wrong[0]} is "
+                        f"{there}, here {here}; is it a backbone.pt of the same --width?")
+    mine = {"dataset": data.name, "stem_stride": args.stem_stride, "image_size": args.image_size}
+    for key, value in mine.items() if made else ():                # what the shapes cannot show
+        theirs = made["dataset"] if key == "dataset" else made["settings"].get(key)
+        if theirs != value:
+            raise UserError(f"--pretext {path}: it was made with --{key.replace('_', '-')} "
+                            f"{theirs}, not {value}")
+    print(f"pretext: all {len(weights)} tensors of {path} fit" + (
+        f", made by {made['method']}" if made else "; no result.json beside it tells its dataset"))
+    return weights
 
 
 def write_text(path, text):

@@ -67,23 +67,22 @@ scl.py --seed 3 one ends at .815, --heads 5 at 1.000) or not (seed 0: .903, then
 Not run: the paper's lengths, a GPU.
 """
 import copy
-import json
 import math
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (NAMES, Clock, Clustering, Damaged, Meter, Parser, Run, UserError,
-                    adjust_brightness, adjust_contrast, adjust_saturation, autocast, baselines,
-                    batches, beside, check_sizes, cluster_scores, color_jitter, cosine_lr, describe,
-                    embed, evaluate, fast_dtype, fetch, generator, grid, load_checked, load_dataset,
-                    normalise, number, on_cpu, pick_device, pixel_statistics, print_scores,
-                    random_grayscale, random_resized_crop, resnet18, run_script, save_atomically,
+from common import (NAMES, Clock, Clustering, Meter, Parser, Run, UserError, adjust_brightness,
+                    adjust_contrast, adjust_saturation, autocast, baselines, batches, beside,
+                    check_sizes, cluster_scores, color_jitter, cosine_lr, describe, embed, evaluate,
+                    fast_dtype, fetch, generator, grid, load_dataset, normalise, number, on_cpu,
+                    pick_device, pixel_statistics, print_row, print_scores, random_grayscale,
+                    random_resized_crop, read_backbone, resnet18, run_script, save_atomically,
                     save_cluster_pictures, save_picture, save_views, set_lr, step, subset,
                     to_device)
+
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step
@@ -164,34 +163,6 @@ def cluster_heads(features, heads, clusters):
     """Steps 2 and 3: H linear heads in one product. (B, 8w) -> logits (B, H, K)"""
     logits = nn.Linear(features, heads * clusters)
     return nn.Sequential(logits, nn.Unflatten(1, (heads, clusters)))
-
-
-def read_pretext(backbone, args, data):
-    """-> weights of --pretext. Strict: a tensor that is missing, left over or of another shape is
-    refused, and so is another dataset. Weights that silently stay random are a known accident."""
-    try:
-        weights = load_checked(args.pretext)
-        about = Path(args.pretext).with_name("result.json")
-        made = json.loads(about.read_text()) if about.exists() else None
-    except (OSError, Damaged, ValueError) as error:
-        raise UserError(f"--pretext {args.pretext}: {error}") from None
-    weights = weights if isinstance(weights, dict) else {}
-    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
-    own = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
-    wrong = [k for k in {**own, **shapes} if own.get(k) != shapes.get(k)]
-    if wrong:
-        there, here = (s.get(wrong[0], "absent") for s in (shapes, own))
-        raise UserError(f"--pretext {args.pretext}: {len(wrong)} tensors do not fit, {wrong[0]} is "
-                        f"{there}, here {here}; is it a backbone.pt of the same --width?")
-    mine = {"dataset": data.name, "stem_stride": args.stem_stride, "image_size": args.image_size}
-    for key, value in mine.items() if made else ():                # what the shapes cannot show
-        theirs = made["dataset"] if key == "dataset" else made["settings"].get(key)
-        if theirs != value:
-            raise UserError(f"--pretext {args.pretext}: it was made with --{key.replace('_', '-')} "
-                            f"{theirs}, not {value}")
-    print(f"pretext: all {len(weights)} tensors of {args.pretext} fit" + (
-        f", made by {made['method']}" if made else "; no result.json beside it tells its dataset"))
-    return weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -567,11 +538,6 @@ def scored(name, table, net, run, clusters, statistics, device):
     return found
 
 
-def print_row(name, row):
-    print(f"{name}: ACC {row['acc']:.3f}  NMI {row['nmi']:.3f}  ARI {row['ari']:.3f}  "
-          f"({row['rule']})")
-
-
 def hand_over(args, run, net, learn, labels, part, clusters, statistics, device):
     """From step 1 to 2: k-means on the features for comparison, and the neighbours, mined once.
     They live in the checkpoint, so they are never stale. Labels serve print and one ablation."""
@@ -639,7 +605,7 @@ def train(args):
         raise UserError(f"--true-neighbours needs labels, and {args.dataset} has none")
     torch.manual_seed(args.seed)
     backbone = resnet18(size, args.width, args.stem_stride)
-    weights = read_pretext(backbone, args, data) if args.pretext else None
+    weights = read_backbone(args.pretext, backbone, args, data) if args.pretext else None
     epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
     with Run(args, "scan", data, epochs) as run:
         # 2. The network, and the state of an interrupted run.
