@@ -339,6 +339,14 @@ def test_pseudo_labels_come_from_a_pass_in_the_mode_that_was_asked_for(tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("threshold, warned", [("1", True), (".05", False)])
+def test_a_hand_over_with_clusters_nobody_is_sure_of_is_warned_of(
+        tmp_path, capsys, threshold, warned):
+    run(tmp_path / "a", "--threshold", threshold)
+    assert ("fewer than 5 % of the images" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.slow
 def test_more_clusters_than_classes_are_scored_by_majority_vote(tmp_path):
     run(tmp_path / "a", "--clusters", "20", "--heads", "3", "--select", "test")
     scores = json.loads((tmp_path / "a" / "result.json").read_text())["scores"]
