@@ -113,7 +113,7 @@ def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
                 are fewer. Members beyond P_i are neither pulled nor pushed
 
     -> scalar >= 0, lower is better. With c_j = j it is instance discrimination: ln N when all are
-    equally similar. With one cluster nothing is pushed and it is 0."""
+    equally similar. With one cluster nothing is pushed: 0, up to rounding."""
     s = similarity / tau                                                        # BxN
     kept = clusters != clusters[own][:, None]                                   # BxN, the pushed
     pulled, missing = own[:, None], torch.zeros_like(own, dtype=torch.bool)[:, None]
