@@ -348,7 +348,7 @@ def mixing_picture(online, target, images, views, args, statistics, device):
     p = online.predict(mix_features(h, lam, partner), 2)
     t = embed(target or online, images, statistics, device)                     # Nx256
     nearest = (F.normalize(p, dim=1) @ F.normalize(t, dim=1).t()).topk(min(4, len(t)), 1).indices
-    near = fetch(images, nearest.flatten().cpu(), device).view(*nearest.shape, *raw.shape[1:])
+    near = fetch(images, nearest.cpu(), device)                                 # Bx4x3xHxW
     rows = torch.cat([torch.stack([v * std + mean, u * std + mean, raw, raw[partner]], 1), near], 1)
     sheet = grid(rows.flatten(0, 1), rows.shape[1], side=64)
     pen = ImageDraw.Draw(sheet)

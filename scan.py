@@ -63,14 +63,14 @@ Differences from the paper, its released code included
 Note: what self-labelling needs is a right and confident hand-over.
     Right: with the 20 nearest neighbours, discs and squares at times share two clusters and stars
     and crosses two more, each split by something else (ACC .81, seeds 1 and 2), sure of themselves;
-    no self-labelling can undo that. With 166 it did not happen. --heads 5 did not prevent it.
+    no self-labelling can undo that. With 166 it did not happen; --heads 5, at 20, did not help.
     Confident, in every cluster: else the others swallow it. Step 2 gets there with lr 1e-3 in place
     of the released 1e-4. BatchNorm in train mode normalises plain images by their own statistics,
-    not by those of the strong views that the weights know: at first 42 % of the images were above
-    .99, in eval mode 77 %. Default, seed 1: .997 fell to .918 in train mode and rose to .999 in
-    eval mode (D10). But on the backbone of identitize.py --seed 0, where in two clusters no image
-    was above .99 in eval mode, .993 fell to .900, and in train mode rose to .997: a warning tells
-    of such clusters. Weak views (--self-label-views simclr) kept .993 there, .979 in train mode.
+    not by those of the strong views that the weights know. Default, seed 1: in train mode 52 % of
+    the images were above .99 in the first epoch, and .997 fell to .918; in eval mode 75 %, and it
+    rose to .999 (D10). But on the backbone of identitize.py --seed 0, where two clusters have
+    hardly an image above .99, .993 fell to .900, and in train mode rose to .997: a warning tells of
+    such clusters. Weak views (--self-label-views simclr) kept .993 there, .979 in train mode.
 Not run: the paper's lengths, a GPU.
 """
 import copy
@@ -89,7 +89,6 @@ from common import (NAMES, Clock, Clustering, Meter, Parser, Run, UserError, adj
                     random_resized_crop, read_backbone, resnet18, run_script, save_atomically,
                     save_cluster_pictures, save_picture, save_views, set_lr, step, subset,
                     to_device)
-
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step

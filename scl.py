@@ -115,15 +115,15 @@ def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
     -> scalar >= 0, lower is better. With c_j = j it is instance discrimination: ln N when all are
     equally similar. With one cluster nothing is pushed: 0, up to rounding."""
     s = similarity / tau                                                        # BxN
-    kept = clusters != clusters[own][:, None]                                   # BxN, the pushed
+    pushed = clusters != clusters[own][:, None]                                 # BxN
     pulled, missing = own[:, None], torch.zeros_like(own, dtype=torch.bool)[:, None]
     if positives:
-        others = s.detach().masked_fill(kept, -math.inf).scatter_(1, own[:, None], -math.inf)
+        others = s.detach().masked_fill(pushed, -math.inf).scatter_(1, own[:, None], -math.inf)
         nearest = others.topk(min(positives, s.shape[1]), 1, sorted=False)      # Bxk
         pulled = torch.cat([pulled, nearest.indices], 1)                        # Bx(1 + k)
         missing = torch.cat([missing, nearest.values.isinf()], 1)               # fewer than k
-    kept = kept.scatter_(1, pulled, True)                          # a missing one is kept already
-    log_p = s.masked_fill(~kept, -math.inf).log_softmax(1)         # of being i's own, among them
+    either = pushed.scatter(1, pulled, True)                       # what is missing is pushed
+    log_p = s.masked_fill(~either, -math.inf).log_softmax(1)                    # BxN
     return -log_p.gather(1, pulled).masked_fill(missing, -math.inf).logsumexp(1).mean()
 
 
