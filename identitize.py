@@ -13,42 +13,45 @@ of an image use the same clusters), the rest to 0 (no two clusters do the same j
 keeps the clusters alive: no negative pairs, no rule about their sizes, no predictor, no momentum
 network, no memory. Beside it, the assignments of one view are the targets of the other.
 
-             view 1                                 C = n1' n2 / B            n1, n2  (B, K)
+             view 1
            /        \
-    image             f -> h -> g -> z, prototypes -> s -> n -> C  -> identity        L_id
-           \        /                                     n -> P1 <-> P2              L_swap
+    image             f -> h -> g -> s -> n -> C = n1' n2 / B -> M -> identity          L_id
+           \        /                     n -> P1 <-> P2                                L_swap
              view 2
 
     what the abstract says                            what stands here
     non-contrastive, clustering-based                 soft assignments as targets, no negatives
-    no special architecture, no memory bank           backbone, one head, prototypes
+    no special architecture, no memory bank           backbone, one head
     no explicit constraint on cluster size            no Sinkhorn, no entropy of the mean (but D3)
-    consistency and decorrelation, by tweaking the    cross_correlation, identitization_loss
-      batch-wise cross-correlation to the identity
+    consistency and decorrelation, by tweaking the    cross_correlation, identitization_log_det
+      batch-wise cross-correlation to the identity      (or _loss, or _cross_entropy)
     assignments of two views as mutual targets        swapped_assignment_loss
     more robust to imbalance than cluster balancing,  --imbalance; --targets sinkhorn is the rival
       and learns from small batches                   --batch-size
 
     symbol    in the code                  shape    meaning
     h         h                            B x 8w   backbone features: what is evaluated
-    z         z                            B x 128  embedding, unit length
-    W         prototypes                   K x 128  cluster directions, unit length
-    s         s1, s2                       B x K    cluster scores z W^T: cosines
+    s         s1, s2                       B x K    cluster scores of two views, of any scale
     n         n1, n2                       B x K    s standardised over the batch, per cluster
     C         c                            K x K    cross-correlation of the two views
+    M         m                            K x K    mean of C, its transpose, and each view's own
     P         p1, p2                       B x K    assignments, softmax(n / tau)
     mu, w     --mu, --swap-weight                   weights: L = mu L_id + w L_swap
-    lam       --lam                                 weight of the off-diagonal of C
-    t, tau    --temperature, --swap-temperature     of C; of P
+    eps       --ridge                               weight of consistency in the log-determinant
+    lam       --lam                                 weight of the off-diagonal in the squares
+    t, tau    --temperature, --swap-temperature     of C in the cross-entropy; of P
 
 Differences from the paper, as far as they can be known: choices of ours
     D1  What is correlated: cluster scores, standardised over the batch. The abstract says cluster
         space. Probabilities with columns of unit length (--correlate assignments, reading A) have
         an identity that any one-hot agreement reaches, and learn more slowly.
-    D2  How C is pushed to the identity: by cross-entropy over its rows and columns. It contrasts
-        clusters with clusters, never images with images, and stops short of the identity (rms
-        off-diagonal .36 at the end of seed 0). The literal reading, squares, learns more slowly
-        (--identity square, below).
+    D2  How C is pushed to the identity: by -ln det M, in which each view's own correlations stand
+        beside C. It is 0 at the identity alone, and its gradient, an inverse matrix, is largest in
+        the directions that the clusters hardly use. Squares (--identity square, the literal
+        reading) and a cross-entropy of rows and columns see one entry at a time and learn far more
+        slowly (below). No image is compared with another; but det(M + eps I) is, but for a
+        constant, det(n n' / B + eps I) of B x B: what spreads the clusters spreads the images.
+        Relatives: the coding rate of MCR^2 and EMP-SSL; of the squares, Barlow Twins.
     D3  Standardising every cluster over the batch is itself a mild balancing: a cluster that
         nothing uses has no variance. "No cluster-balancing" holds for the loss, not quite for this.
     D4  L_swap takes n, not s. C ignores a constant added to a column of s, so a swap on s can push
@@ -148,6 +151,21 @@ def identitization_cross_entropy(c, temperature):
     return (rows + columns) / 2
 
 
+def identitization_log_det(n1, n2, epsilon):
+    """L_id = -(1 + eps) / K ln det[(M + eps I) / (1 + eps)],   M = (C_11 + C_12 + C_21 + C_22) / 4
+
+    n1, n2: (B, K) scores of two views, standardised over the batch. M, the mean of the correlations
+    of and between the views, is that of n = (n1 + n2) / 2: no eigenvalue is below 0, M_kk =
+    (1 + C_kk) / 2. Lower is better: 0 at M = I alone, where the views agree and no two clusters are
+    correlated. The larger epsilon > 0, the more agreement counts: to first order L_id is
+    1 - tr M / K. With B <= K images the rank of M is below B; epsilon keeps the logarithm finite."""
+    n = (n1 + n2) / 2
+    m = n.t() @ n / len(n)                                                      # KxK
+    eye = torch.eye(len(m), device=m.device, dtype=m.dtype)
+    triangle = torch.linalg.cholesky_ex((m + epsilon * eye) / (1 + epsilon)).L  # ln det = 2 tr ln L
+    return -2 * (1 + epsilon) * triangle.diagonal().log().mean()
+
+
 def swapped_assignment_loss(s1, s2, temperature):
     """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],  P = softmax(s / tau)
 
@@ -188,20 +206,26 @@ def sinkhorn(s, epsilon=.05, iterations=3):
 # 2. The network
 
 class Network(nn.Module):
-    """Backbone f, head g, prototypes W. Images (B, 3, H, W) -> cluster scores s (B, K), cosines"""
+    """Backbone f, head g. Images (B, 3, H, W) -> cluster scores s (B, K)
 
-    def __init__(self, backbone, features, clusters, dim=128):
+    cosine: for the rival. Then s are cosines, of the head's 128 outputs to K prototypes."""
+
+    def __init__(self, backbone, features, clusters, cosine=False):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.cosine = backbone, cosine
         self.head = nn.Sequential(nn.Linear(features, 512, bias=False), nn.BatchNorm1d(512),
-                                  nn.ReLU(), nn.Linear(512, dim))
-        self.prototypes = nn.Parameter(torch.randn(clusters, dim))
+                                  nn.ReLU())
+        if cosine:
+            self.head.append(nn.Linear(512, 128))
+        self.clusters = nn.Linear(128 if cosine else 512, clusters, bias=False)
 
     def scores(self, h):
-        """Features (B, 8w) -> s = z W^T (B, K), both of unit length; float32 from here on."""
+        """Features (B, 8w) -> s (B, K), in float32 from here on."""
         z = self.head(h)
         with torch.autocast(h.device.type, enabled=False):
-            return F.normalize(z.float(), dim=1) @ F.normalize(self.prototypes, dim=1).t()
+            if self.cosine:
+                return F.normalize(z.float(), dim=1) @ F.normalize(self.clusters.weight, dim=1).t()
+            return self.clusters(z.float())
 
     def forward(self, x):
         return self.scores(self.backbone(x))
@@ -223,8 +247,8 @@ def make_views(size, crop, jitter, gray, statistics):
 # 4. Hyper-parameters
 
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=24, batch_size=32, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6,
-                   epsilon=.01),
+    "shapes": dict(epochs=12, batch_size=32, width=16, stem_stride=2, crop=.4, jitter=1., gray=.6,
+                   clusters_head=64, epsilon=.01),
 }
 
 
@@ -254,13 +278,14 @@ def parse(argv=None):
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
     add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
-    add("--clusters-head", type=number(int, 2), default=64, help="K, clusters in the loss")
-    add("--identity", choices=("cross-entropy", "square"), default="cross-entropy",
+    add("--clusters-head", type=number(int, 2), default=256, help="K, clusters in the loss")
+    add("--identity", choices=("log-det", "cross-entropy", "square"), default="log-det",
         help="how C is pushed to the identity (D2)")
     add("--lam", type=number(float, 0), default=.01, help="lam, weight of the off-diagonal, square")
     add("--temperature", type=number(float, 0, above=True), default=.25, help="t, cross-entropy")
-    add("--mu", type=number(float, 0), help="mu, weight of L_id; else 10/K, for cross-entropy 1")
-    add("--swap-weight", type=number(float, 0), default=.3, help="w, weight of L_swap")
+    add("--ridge", type=number(float, 1e-4), default=10., help="eps, log-det")
+    add("--mu", type=number(float, 0), help="mu, weight of L_id; else 1, for square 10/K")
+    add("--swap-weight", type=number(float, 0), default=.1, help="w, weight of L_swap")
     add("--swap-temperature", type=number(float, 0, above=True), default=1., help="tau of P")
     add("--correlate", choices=("scores", "assignments"), default="scores",
         help="what C correlates; assignments: probabilities, reading A (D1)")
@@ -274,6 +299,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.mu is None:
         args.mu = 10 / args.clusters_head if args.identity == "square" else 1.
+    if args.correlate == "assignments" and args.identity == "log-det":
+        parser.error("--correlate assignments goes with --identity square or cross-entropy")
     if args.imbalance != 1 and args.train_size:
         parser.error("--imbalance and --train-size exclude each other")
     return args
@@ -293,8 +320,10 @@ def losses(s1, s2, args):
         identity = -(q2 * log_p1 + q1 * log_p2).sum(1).mean() / 2
     elif args.identity == "square":
         identity = identitization_loss(c, args.lam)
-    else:
+    elif args.identity == "cross-entropy":
         identity = identitization_cross_entropy(c, args.temperature)
+    else:
+        identity = identitization_log_det(n1, n2, args.ridge)
     swap = swapped_assignment_loss(n1, n2, args.swap_temperature)               # of n, not s: D4
     loss = args.mu * identity + args.swap_weight * swap
     off = (c - torch.diag(c.diagonal())).square().sum() / (c.numel() - len(c))
@@ -363,7 +392,7 @@ def train(args):
         # 2. Network and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
         backbone = resnet18(size, args.width, args.stem_stride)
-        net = Network(backbone, 8 * args.width, k).to(device)
+        net = Network(backbone, 8 * args.width, k, args.targets == "sinkhorn").to(device)
         untrained = copy.deepcopy(net.backbone)                    # a baseline of the report
         optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay,
                                      fused=True)
