@@ -98,6 +98,13 @@ def test_the_matrix_stays_float32_inside_autocast():
     assert torch.equal(inside, cross_correlation(s1, s2))
 
 
+def test_the_log_det_is_the_same_inside_autocast():
+    n1, n2 = (standardise(s) for s in scores(b=64, k=32, dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = identitization_log_det(n1, n2, .1)
+    assert torch.equal(inside, identitization_log_det(n1, n2, .1))
+
+
 # The losses
 
 def test_square_loss_equals_the_printed_sum():
@@ -142,7 +149,7 @@ def test_log_det_loss_is_zero_at_the_identity_and_larger_everywhere_else():
     assert identitization_log_det(n, n, .1) == pytest.approx(0, abs=1e-6)
     for seed in range(20):
         s1, s2 = scores(b=40, k=7, seed=seed)
-        for other in (s1, s2):                     # correlated; views that agree, that do not
+        for other in (s1, s2):                     # views that agree, that do not
             assert log_det(s1, other, .1) > 0
 
 
