@@ -142,6 +142,10 @@ def test_a_long_tail_and_a_balanced_part_exclude_each_other(refused):
     assert "--train-size" in refused("identitize", "--imbalance=10", "--train-size=100")
 
 
+def test_assignments_need_a_matrix_loss_that_takes_them(refused):
+    assert "--identity square" in refused("identitize", "--correlate=assignments")
+
+
 @ALL
 def test_help_is_printed_for_every_flag(script, capsys):
     module = importlib.import_module(script)
