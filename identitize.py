@@ -44,20 +44,21 @@ network, no memory. Beside it, the assignments of one view are the targets of th
 Differences from the paper, as far as they can be known: choices of ours
     D1  What is correlated: cluster scores, standardised over the batch. The abstract says cluster
         space. Probabilities with columns of unit length (--correlate assignments, reading A) have
-        an identity that any one-hot agreement reaches, and learn more slowly.
+        an identity that any one-hot agreement reaches. By squares they learn faster than scores do,
+        but not as fast as the default (below).
     D2  How C is pushed to the identity: by -ln det M, in which each view's own correlations stand
         beside C. It is 0 at the identity alone, and its gradient, an inverse matrix, is largest in
         the directions that the clusters hardly use. Squares (--identity square, the literal
-        reading) and a cross-entropy of rows and columns see one entry at a time and learn far more
-        slowly (below). No image is compared with another; but det(M + eps I) is, but for a
+        reading) and a cross-entropy look at entries, or at rows and columns, one by one and learn
+        more slowly (below). No image is compared with another; but det(M + eps I) is, but for a
         constant, det(n n' / B + eps I) of B x B: what spreads the clusters spreads the images.
         Relatives: the coding rate of MCR^2 and EMP-SSL; of the squares, Barlow Twins.
     D3  Standardising every cluster over the batch is itself a mild balancing: a cluster that
         nothing uses has no variance. "No cluster-balancing" holds for the loss, not quite for this.
     D4  L_swap takes n, not s. C ignores a constant added to a column of s, so a swap on s can push
         all images into one cluster (a test shows it) while L_id looks fine.
-    D5  Views: crop, flip, colour jitter, grey; no blur. K, optimizer and schedule are ours. On
-        `shapes` 60 % of the views are grey, since colour is a nuisance there.
+    D5  Views: crop, flip, colour jitter, grey; no blur. The head, K, eps, w, optimizer and
+        schedule are ours. On `shapes` 60 % of the views are grey, since colour is a nuisance there.
 
     python identitize.py --seed 0        (and 1, 2: mean +- standard deviation of three seeds;
                                           settings were chosen on these images and these seeds)
@@ -226,7 +227,7 @@ class Network(nn.Module):
 
     def scores(self, h):
         """Features (B, 8w) -> s (B, K), in float32 from here on."""
-        z = self.head(h)
+        z = self.head(h)                                                        # Bx512, or Bx128
         with torch.autocast(h.device.type, enabled=False):
             if self.cosine:
                 return F.normalize(z.float(), dim=1) @ F.normalize(self.clusters.weight, dim=1).t()
@@ -288,7 +289,8 @@ def parse(argv=None):
         help="how C is pushed to the identity (D2)")
     add("--lam", type=number(float, 0), default=.01, help="lam, weight of the off-diagonal, square")
     add("--temperature", type=number(float, 0, above=True), default=.25, help="t, cross-entropy")
-    add("--ridge", type=number(float, 1e-4), default=10., help="eps, log-det")
+    add("--ridge", type=number(float, 1e-4), default=10.,
+        help="eps, log-det; the larger, the more agreement of the views counts")
     add("--mu", type=number(float, 0), help="mu, weight of L_id; else 1, for square 10/K")
     add("--swap-weight", type=number(float, 0), default=.1, help="w, weight of L_swap")
     add("--swap-temperature", type=number(float, 0, above=True), default=1., help="tau of P")

@@ -540,20 +540,22 @@ def scored(name, table, net, run, clusters, statistics, device):
     if lost:
         print(f"WARNING: {lost} of {clusters} clusters are empty after step {name}; step 3 cannot "
               f"bring them back. Give step 2 more epochs, or ask for fewer --clusters")
-    if name == "SCAN loss" and run.args.self_label_epochs:
-        sure = found.train[found.train_confidence > run.args.threshold]
-        unsure = (torch.bincount(sure, minlength=clusters)
-                  < .05 * torch.bincount(found.train, minlength=clusters)).sum()
-        if unsure:
-            print(f"WARNING: in {unsure} of {clusters} clusters fewer than 5 % of the images are "
-                  f"above --threshold {run.args.threshold}: step 3 may lose them; "
-                  f"--self-label-epochs 0 leaves it out")
     if data.classes:
         seen, over = data.train.labels >= 0, data.has_test and clusters > len(data.classes)
         votes = (data.train.labels[seen], found.train[seen]) if over else None
         table[name] = cluster_scores(data.test.labels, found.test, votes)
         print_row(name, table[name])
     return found
+
+
+def warn_of_unsure_clusters(found, clusters, threshold):
+    """Before step 3, which may lose a cluster with hardly any confident image: see the note."""
+    sure = found.train[found.train_confidence > threshold]
+    unsure = (torch.bincount(sure, minlength=clusters)
+              < .05 * torch.bincount(found.train, minlength=clusters)).sum()
+    if unsure:
+        print(f"WARNING: in {unsure} of {clusters} clusters fewer than 5 % of the images are above "
+              f"--threshold {threshold}: step 3 may lose them; --self-label-epochs 0 leaves it out")
 
 
 def hand_over(args, run, net, learn, labels, part, clusters, statistics, device):
@@ -664,6 +666,8 @@ def train(args):
         if "SCAN loss" not in kept["table"]:
             net.load_state_dict(kept["net"])
             found = scored("SCAN loss", kept["table"], net, run, clusters, statistics, device)
+            if args.self_label_epochs:
+                warn_of_unsure_clusters(found, clusters, args.threshold)
         # 5. Step 3.
         if args.self_label_epochs:
             self_label(args, run, kept, net, learn, labels, views, device)

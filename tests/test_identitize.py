@@ -2,6 +2,8 @@
 import inspect
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +286,13 @@ def test_every_loss_runs_when_pasted_alone(name):
                  "identitization_log_det": (*scores(), .1),
                  "swapped_assignment_loss": (*scores(), 1.)}.get(name, scores())
     assert space[name](*arguments).isfinite().all()
+
+
+def test_the_loss_that_the_readme_shows_is_that_of_the_script():
+    readme = (Path(identitize.__file__).parent / "README.md").read_text()
+    space, n = {"torch": torch}, [standardise(s) for s in scores()]
+    exec(re.search(r"```python\n(def identitization_log_det.*?)```", readme, re.S)[1], space)
+    assert torch.allclose(space["identitization_log_det"](*n, 2.), identitization_log_det(*n, 2.))
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch,
