@@ -697,8 +697,9 @@ def color_jitter(x, brightness, contrast, saturation, hue, rng, p=.8, groups=8):
     """torchvision's ColorJitter, applied to each image with probability p. -> (B, 3, H, W)
 
     Factors are uniform in [1 - strength, 1 + strength] and hue in [-hue, hue], drawn per image.
-    torchvision also shuffles the order of the four operations per image; here each of `groups`
-    runs of neighbouring images has its own order (the images of a batch are shuffled already)."""
+    torchvision also shuffles the order of the four operations per image. Here image i belongs to
+    group i modulo `groups`, and each group has its own order: a training batch, which is a run of
+    neighbours, holds all of these orders."""
     n, ops = len(x), []
     on = torch.rand(n, generator=rng) < p
     for adjust, strength, same in (
@@ -708,13 +709,14 @@ def color_jitter(x, brightness, contrast, saturation, hue, rng, p=.8, groups=8):
         amount = torch.empty(n).uniform_(low, same + strength, generator=rng)
         amount = torch.where(on, amount, same).to(x.device, non_blocking=True)
         ops.append((adjust, amount[:, None, None, None]))
-    edges, parts = torch.linspace(0, n, min(groups, n) + 1).long().tolist(), []
-    for a, b in zip(edges[:-1], edges[1:]):
-        part = x[a:b]
+    out = torch.empty_like(x)
+    for group in range(min(groups, n)):
+        part = x[group::groups]
         for i in torch.randperm(4, generator=rng).tolist():
-            part = ops[i][0](part, ops[i][1][a:b])
-        parts.append(part)
-    return torch.cat(parts)
+            adjust, amount = ops[i]
+            part = adjust(part, amount[group::groups])
+        out[group::groups] = part
+    return out
 
 
 def random_grayscale(x, p, rng):
