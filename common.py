@@ -1,23 +1,24 @@
 """What the four scripts share: data, views, backbone, evaluation, run folder, pictures.
 
-Nothing here belongs to one paper. A loss, a head, a recipe of augmentations, a memory: each stands
-in the script of its method. The rule that decides: does the paper have a sentence about it? Then it
-is in the script. Is it standard, and do the scripts use it identically? Then it is here.
+Nothing here belongs to one paper. If a paper has a sentence about it, it stands in the script of
+that paper. If it is standard and the scripts use it identically, it stands here.
 
-    1. Failing well    one clear line instead of a traceback
-    2. Randomness      one generator for each (seed, epoch, purpose); the device
-    3. Data            the whole dataset as one uint8 tensor on the device
-    4. Views           batched augmentations, a random draw of its own for each image
-    5. Backbone        torchvision's ResNet-18 with the right stem for the image size
-    6. Training        learning rate, batches, a step that never takes in a NaN
-    7. Evaluation      clusters, k-means, kNN, linear probe
-    8. Run folder      log, checkpoints, result, clusters.csv
-    9. Pictures        grids of images, matrices
+    1. Failing well      one clear line instead of a traceback; the flags that all scripts share
+    2. Randomness        one generator for each (seed, epoch, purpose); the device
+    3. Data              the whole dataset as one uint8 tensor on the device
+    4. Folders           the user's own images: which are classes, how they become pixels
+    5. Views             batched augmentations; each image has its own random draw
+    6. Backbone          torchvision's ResNet-18 with the right stem for the image size
+    7. Training          learning rate, batches, means of the loss terms
+    8. Evaluation        clusters, k-means, kNN, linear probe
+    9. Run folder        log, checkpoints, result, clusters.csv
+    10. Pictures         grids of images, matrices, curves
 
 Shapes: N images, B of a batch, H x W pixels, D feature dimensions, K clusters, C classes.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import difflib
 import hashlib
@@ -26,11 +27,14 @@ import json
 import math
 import os
 import pickle
+import re
+import signal
 import socket
 import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -38,21 +42,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.optimize import linear_sum_assignment
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from scipy.optimize import linear_sum_assignment, minimize
+from scipy.stats import entropy
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+try:
+    import fcntl                          # locks a run folder; Windows has none
+except ImportError:
+    fcntl = None
+
 # ------------------------------------------------------------------------------------------------
-# 1. Failing well
+# 1. Failing well, and the flags that all scripts share
 
 
 class UserError(Exception):
     """Something the user can put right: shown as one line, exit code 2."""
+    code = 2
 
 
-class NotFinite(Exception):
-    """The loss or a gradient became NaN or infinite: shown as one line, exit code 1."""
+class NotFinite(UserError):
+    """A loss term or a weight became NaN or infinite."""
+    code = 1
+
+
+class Finished(UserError):
+    """There is nothing left to do."""
+    code = 0
 
 
 class Damaged(Exception):
@@ -60,40 +77,98 @@ class Damaged(Exception):
 
 
 def run_script(train, args):
-    """Call train(args) and turn every expected failure into one line on stderr and an exit code:
-    2 what the user can put right, 1 what the machine or the numbers did, 130 Ctrl-C."""
-    memory = (f"out of memory: lower --batch-size (now {args.batch_size}), --width (now "
-              f"{args.width}) or --image-size")
+    """Call train(args) and turn every expected failure into one line and an exit code: 2 for what
+    the user can put right, 1 for what the machine or the numbers did, 128 + n for a signal."""
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+    for stream in (sys.stdout, sys.stderr):                        # of a narrow encoding, or closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        with contextlib.suppress(AttributeError, ValueError):      # Windows; not the main thread
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # of nohup
+                before[name] = signal.signal(getattr(signal, name), stop)
     try:
-        return train(args)
-    except UserError as error:
-        code, line = 2, str(error)
-    except NotFinite as error:
-        code, line = 1, str(error)
-    except KeyboardInterrupt as stop:
-        code, line = 130, str(stop) or ("interrupted; finished epochs are kept, --resume continues "
-                                        "after them")
-    except (torch.OutOfMemoryError, MemoryError):
-        code, line = 1, memory
-    except BrokenPipeError:                                         # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, line = 1, "nobody reads the output any more; stopped, --resume continues"
-    except OSError as error:                                        # a full disk, a removed folder
-        code, line = 1, f"the machine refused a file: {error}"
-    except RuntimeError as error:                                   # the CPU has no class for it
-        if "can't allocate memory" not in str(error):
+        return train(copy.copy(args))
+    except BaseException as error:
+        if isinstance(error, UserError):
+            code, line = error.code, str(error)
+        elif isinstance(error, KeyboardInterrupt):                 # of Ctrl-C, without a number
+            code, line = 128 + (error.args or (2,))[0], "interrupted"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+                "can't allocate memory" in str(error):             # a CPU has no class for it
+            code, line = 1, "out of memory: lower --batch-size, --width or --image-size"
+        elif isinstance(error, OSError):                           # a full disk, a reader that left
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code, line = 1, f"the machine refused a file: {one_line(error)}"
+        else:
             raise
-        code, line = 1, memory
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    raise SystemExit(code)
+        line += getattr(error, "resume", "")                       # a Run says where it stands
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr if code else sys.stdout)
+    if code:
+        raise SystemExit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a wrong argument with one line and takes no abbreviated flags."""
+    """argparse with the flags that all scripts share. A wrong argument is answered by one line.
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
+    A script adds its own flags with training(...) and method(...)."""
+
+    def __init__(self, doc, epochs):
+        super().__init__(description=(doc or "").split("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = self.add_argument_group("what most people need").add_argument
+        add("--dataset", default="shapes", help=", ".join(NAMES) + ", or the path of a folder of "
+            "images")
+        add("--clusters", type=number(int, 2), help="how many to report; else as many as classes")
+        add("--epochs", type=number(int, 1), default=epochs, help="passes over the images")
+        add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
+        add("--resume", action="store_true", help="continue the run in the run folder")
+        add = self.add_argument_group("where and on what").add_argument
+        add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
+            "imagenet-dogs the ImageNet folder")
+        add("--classes", metavar="FILE", help="keep only the class folders named in this file")
+        add("--unlabelled", action="store_true", help="ignore the names of folders: take all "
+            "images below --dataset, without labels")
+        add("--labelled", action="store_true", help="take folders as classes even where images lie "
+            "beside them")
+        add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
+        add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how an image that "
+            "is not square becomes square")
+        add("--train-size", type=number(int, 2), help="learn from so many images, equally many of "
+            "each class")
+        add("--width", type=number(int, 8, 512), default=64, help="channels of ResNet-18's first "
+            "stage")
+        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: half the size at once, "
+            "for laptops")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+        add("--compile", action="store_true", help="torch.compile the network: slow to start")
+        self.training = self.add_argument_group("training").add_argument
+        self.method = self.add_argument_group("the method").add_argument
+
+    def parse(self, argv, defaults):
+        """The arguments. defaults: {dataset: {flag: value}}, where they differ from the flags' own;
+        'folder' stands for any path."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--dataset", default="shapes")
+        name = early.parse_known_args(argv)[0].dataset
+        self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
+        args = self.parse_args(argv)
+        for flag, value in vars(args).items():
+            if isinstance(value, str):
+                if not value.strip() or "\0" in value:             # of an unset shell variable
+                    self.error(f"--{flag.replace('_', '-')}: {value!r} is no value")
+                setattr(args, flag, os.path.expanduser(value))     # the shell leaves --out=~/x
+        return args
+
+    def format_help(self):                 # without defaults that say nothing
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
@@ -106,29 +181,34 @@ def number(kind, low, high=2**31, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > low if above else value >= low) or not value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} of "
-                f"{'more than' if above else 'at least'} {low}"
-                f"{'' if high == 2**31 else f' and at most {high}'}")
-        return value
+        limit = f"more than {low}" if above else f"at least {low}"
+        if value > high:
+            limit = f"at most {high}"
+        elif value > low or (value == low and not above):
+            return value
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of {limit}")
     return convert
 
 
 def progress(what, done, total, started):
     """A live line, rewritten in place; on a terminal only, so that log files stay readable."""
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():
         left = (time.time() - started) * (total - done) / max(done, 1)
-        line = f"  {what} {done:,}/{total:,}, {clock_text(left)} left"
+        line = f"  {what} {done:,}/{total:,}, {duration(left)} left"
         print("\r" + (line.ljust(78) if done < total else " " * 78 + "\r"), end="", flush=True)
 
 
-def clock_text(seconds):
-    """75 -> '1m15s'"""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+def duration(seconds):
+    return str(timedelta(seconds=round(seconds)))                  # 75 -> '0:01:15'
+
+
+def one_line(text):
+    """A path or what an exception says, as one printable line."""
+    if isinstance(text, BaseException):
+        text = (str(text).splitlines() or [type(text).__name__])[0]
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,6 +253,7 @@ class Split(NamedTuple):
     images: torch.Tensor                  # (N, 3, H, W) uint8
     labels: Optional[torch.Tensor]        # (N,) int64, -1 where unknown; None: no labels at all
     names: list                           # N strings: the path of a file, or 'train/17'
+    features: Optional[torch.Tensor] = None       # (N, D), where a frozen network made them
 
 
 class Dataset(NamedTuple):
@@ -180,7 +261,8 @@ class Dataset(NamedTuple):
     train: Split
     test: Split                           # the train split itself where there is no other
     classes: Optional[list]               # C names; None: unlabelled
-    fingerprint: str                      # changes when the images do
+    fingerprint: str                      # a hash of the training pixels
+    decoding: dict = {}                   # of files: size, fit, scale of greys, ground
 
     @property
     def has_test(self):
@@ -190,64 +272,67 @@ class Dataset(NamedTuple):
 NAMES = ("shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10", "tiny-imagenet",
          "imagenet10", "imagenet-dogs")
 NEEDS_NOTHING = "or use --dataset shapes, which needs nothing"
-IMAGE_FILES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-               ".pgm"}
-MAX_PIXELS = 100_000_000                  # a larger picture is refused: it may be a bomb
-# The classes of the ImageNet subsets of the clustering literature.
-IMAGENET_10 = ("n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 "
-               "n04467665 n07747607").split()
-IMAGENET_DOGS = ("n02085936 n02086646 n02088238 n02091467 n02097130 n02099601 n02101388 n02101556 "
-                 "n02102177 n02105056 n02105412 n02105855 n02107142 n02110958 n02112137").split()
-# The superclass of each of CIFAR-100's classes, in their alphabetical order.
-CIFAR_20 = np.array([
-    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3,
-    15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0,
-    17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19,
-    2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13])
-SUPERCLASSES = (
-    "aquatic mammals,fish,flowers,food containers,fruit and vegetables,electrical devices,"
-    "furniture,insects,large carnivores,large outdoor things,large outdoor scenes,large omnivores "
-    "and herbivores,medium mammals,invertebrates,people,reptiles,small mammals,trees,vehicles 1,"
-    "vehicles 2").split(",")
+SUBSETS = {                               # of ImageNet, in the clustering literature
+    "imagenet10": "n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 "
+                  "n04467665 n07747607".split(),
+    "imagenet-dogs": "n02085936 n02086646 n02088238 n02091467 n02097130 n02099601 n02101388 "
+                     "n02101556 n02102177 n02105056 n02105412 n02105855 n02107142 n02110958 "
+                     "n02112137".split()}
 
 
-def load_dataset(name, data_dir="data", image_size=None):
+def load_dataset(name, data_dir="data", image_size=None, **options):
     """A dataset by name, or a folder of images by path. -> Dataset, on the CPU
 
-    name        one of NAMES, or a folder: DIR/train/<class>/* with DIR/test/<class>/*;
-                or DIR/<class>/*; or images directly in DIR (no labels)
     data_dir    where downloads and decoded folders are kept; for imagenet10 and imagenet-dogs the
                 ImageNet folder with its train/ and val/
-    image_size  side in pixels: antialiased resize of the shorter side, centre crop;
-                None: the dataset's own (of a folder: see _folder_size)
+    image_size  side in pixels; None: the dataset's own (of a folder: see decode_all)
+    options     for folders: unlabelled, out (see _folder); classes, fit, decoding, network (see
+                read_files)
 
     Raises UserError, one line, for an unknown name, an unusable folder, a failed download."""
-    data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))           # never raises
+    data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
     if name == "shapes":
-        loaded = _shapes(image_size or 32)
-    elif name in ("tiny-imagenet", "imagenet10", "imagenet-dogs"):
-        loaded = _imagenet(name, data_dir, image_size)
+        data = _shapes(image_size or 32)
+    elif name == "tiny-imagenet":
+        place = data_dir / "tiny-imagenet-200"
+        data = _folder(place, data_dir, image_size or 64, name, **options)
+    elif name in SUBSETS:
+        data = _folder(data_dir, data_dir, image_size or 224, name, SUBSETS[name], **options)
     elif name in NAMES:
-        loaded = _torchvision(name, data_dir, image_size)
+        data = _torchvision(name, data_dir, image_size)
     elif name and os.path.isdir(folder):
-        loaded = _folder(folder.resolve(), data_dir, image_size)
+        data = _folder(folder, data_dir, image_size, **options)
     else:
         near = difflib.get_close_matches(name.lower(), NAMES, 1)
         near = f" did you mean {near[0]}?" if near else ""
-        raise UserError(f"--dataset {name}:{near} It is one of {', '.join(NAMES)}, or the path of "
-                        f"a folder of images")
-    if len(loaded.train.images) < 2:
-        raise UserError(f"--dataset {name}: one usable image is not enough to learn from")
-    return loaded
+        raise UserError(f"--dataset {one_line(name)}:{near} It is one of {', '.join(NAMES)}, or "
+                        f"the path of a folder of images")
+    return data._replace(fingerprint=look_over(data))
+
+
+def look_over(data):
+    """Warn of flat images and of copies. -> the fingerprint, a hash of the training pixels"""
+    train, test = ([hashlib.blake2b(image, digest_size=16).digest() for image in s.images.numpy()]
+                   for s in (data.train, data.test))
+    n, seen = len(train), set(train)
+    flat = sum(int((part.amax((2, 3)) - part.amin((2, 3)) <= 2).all(1).sum())
+               for part in data.train.images.split(4096))
+    for count, what in ((flat, "are one flat colour"), (n - len(seen), "are copies of others")):
+        if count > .1 * n:
+            print(f"WARNING: {count:,} of {n:,} training images {what}")
+    twins = sum(h in seen for h in test)
+    if data.has_test and twins:
+        print(f"WARNING: {twins:,} of {len(test):,} test images are copies of training images: kNN "
+              f"is too high")
+    return hashlib.sha256(b"".join(train)).hexdigest()[:16]
 
 
 def _shapes(size, train=5000, test=2000):
     """The embedded dataset, drawn in two seconds: small pictures of ten kinds of shapes. The kind
     is the class; colour, position, size, rotation, background and noise are nuisances, so that
     k-means on the pixels stays near chance. Always the same pictures."""
-    kinds = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "T"]
     rng, n = np.random.default_rng(2025), train + test
-    labels = np.arange(n) % len(kinds)
+    labels = np.arange(n) % len(OUTLINES)
 
     def uniform(low, high, shape):
         return rng.uniform(low, high, shape).astype(np.float32)
@@ -258,9 +343,9 @@ def _shapes(size, train=5000, test=2000):
     y = (side[None, :, None] - .5 - uniform(-.1, .1, (n, 1, 1))) / radius
     x, y = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     distance = np.empty((n, size, size), np.float32)               # to the outline, negative inside
-    for kind, name in enumerate(kinds):
+    for kind, outline in enumerate(OUTLINES.values()):
         rows = labels == kind
-        distance[rows] = _signed_distance(name, x[rows], y[rows])
+        distance[rows] = outline(x[rows], y[rows])
     cover = np.clip(.5 - distance * radius * size, 0, 1)[:, None]  # antialiased over one pixel
     # Colours are independent; only the brightness is ordered, the shape above its background.
     # With either order the clusters found are those of (shape, order).
@@ -271,46 +356,45 @@ def _shapes(size, train=5000, test=2000):
     image = back + cover * (fore - back)
     image += .04 * rng.standard_normal(image.shape, dtype=np.float32)
     image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return _splits("shapes", image[:train], labels[:train], image[train:], labels[train:], kinds)
+    return _dataset("shapes", image[:train], labels[:train], image[train:], labels[train:],
+                    OUTLINES)
 
 
-def _signed_distance(kind, x, y):
-    """About the distance to the outline of a shape of radius 1, negative inside. y points down."""
-    def box(u, v, a, b):
-        return np.maximum(np.abs(u) - a, np.abs(v) - b)
+def _box(u, v, a, b):
+    return np.maximum(np.abs(u) - a, np.abs(v) - b)
+
+
+def _star(x, y, turn=2 * np.pi / 5):
+    a = np.abs((np.arctan2(x, -y) + turn / 2) % turn - turn / 2)   # folded into half a point
     r = np.hypot(x, y)
-    if kind == "disc":
-        return r - .9
-    if kind == "square":
-        return box(x, y, .75, .75)
-    if kind == "triangle":
-        return np.maximum(y - .6, .866 * np.abs(x) - .5 * y - .5)
-    if kind == "star":
-        turn = 2 * np.pi / 5
-        a = np.abs((np.arctan2(x, -y) + turn / 2) % turn - turn / 2)   # folded into half a point
-        return .328 * (r * np.cos(a) - 1) + .945 * r * np.sin(a)       # the edge from tip to notch
-    if kind == "cross":
-        return np.minimum(box(x, y, .95, .3), box(x, y, .3, .95))
-    if kind == "ring":
-        return np.abs(r - .7) - .22
-    if kind == "crescent":
-        return np.maximum(r - .95, .75 - np.hypot(x - .45, y))
-    if kind == "heart":
-        lobes = np.hypot(np.abs(x) - .42, y + .3) - .48
-        return np.minimum(lobes, np.maximum(.74 * np.abs(x) + .67 * y - .6, -y - .3))
-    if kind == "bar":
-        return box(x, y, .95, .3)
-    return np.minimum(box(x, y + .6, .85, .25), box(x, y - .1, .25, .9))        # T
+    return .328 * (r * np.cos(a) - 1) + .945 * r * np.sin(a)       # the edge from tip to notch
 
 
-def _splits(name, train_x, train_y, test_x, test_y, classes):
+def _heart(x, y):
+    lobes = np.hypot(np.abs(x) - .42, y + .3) - .48
+    return np.minimum(lobes, np.maximum(.74 * np.abs(x) + .67 * y - .6, -y - .3))
+
+
+# About the distance to the outline of a shape of radius 1, negative inside; y points down.
+OUTLINES = {
+    "disc": lambda x, y: np.hypot(x, y) - .9,
+    "square": lambda x, y: _box(x, y, .75, .75),
+    "triangle": lambda x, y: np.maximum(y - .6, .866 * np.abs(x) - .5 * y - .5),
+    "star": _star,
+    "cross": lambda x, y: np.minimum(_box(x, y, .95, .3), _box(x, y, .3, .95)),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - .7) - .22,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - .95, .75 - np.hypot(x - .45, y)),
+    "heart": _heart,
+    "bar": lambda x, y: _box(x, y, .95, .3),
+    "T": lambda x, y: np.minimum(_box(x, y + .6, .85, .25), _box(x, y - .1, .25, .9))}
+
+
+def _dataset(name, train_x, train_y, test_x, test_y, classes):
     """Arrays to a Dataset whose images are named by split and index."""
     splits = [Split(torch.as_tensor(x).contiguous(), torch.as_tensor(np.asarray(y)).long(),
                     [f"{split}/{i}" for i in range(len(x))])
               for split, x, y in (("train", train_x, train_y), ("test", test_x, test_y))]
-    some = splits[0].images[::max(1, len(train_x) // 64)].numpy()
-    fingerprint = hashlib.sha256(name.encode() + some.tobytes()).hexdigest()[:16]
-    return Dataset(name, *splits, list(classes), fingerprint)
+    return Dataset(name, *splits, list(classes), "")
 
 
 def _torchvision(name, data_dir, image_size):
@@ -321,32 +405,30 @@ def _torchvision(name, data_dir, image_size):
     parts = [{"train": True}, {"train": False}]
     if name == "stl10":                                       # 5,000 labelled, 100,000 not
         parts = [{"split": "train+unlabeled"}, {"split": "test"}]
+    patience = socket.getdefaulttimeout()
     try:
-        try:
-            both = [kind(data_dir, download=False, **part) for part in parts]
-        except RuntimeError:                                       # not there, or damaged: fetch it
-            print(f"{name}: not complete in {data_dir}, downloading it there")
-            socket.setdefaulttimeout(30)
-            both = [kind(data_dir, download=True, **part) for part in parts]
+        socket.setdefaulttimeout(30)
+        both = [kind(data_dir, download=True, **part) for part in parts]
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         files = "its four .gz files" if name == "fashion-mnist" else kind.filename
         place = data_dir / "FashionMNIST/raw" if name == "fashion-mnist" else data_dir
-        raise UserError(f"{name} could not be downloaded ({_one_line(error)}); put {files} in "
+        raise UserError(f"{name} could not be downloaded ({one_line(error)}); put {files} in "
                         f"{place} and start again, {NEEDS_NOTHING}") from None
-    arrays = []
-    for part in both:
+    finally:
+        socket.setdefaulttimeout(patience)
+    arrays, classes = [], both[0].classes
+    for part, file in zip(both, ("train", "test")):
         x, y = torch.as_tensor(part.data), part.labels if name == "stl10" else part.targets
         if name.startswith("cifar"):                               # (N, H, W, 3)
             x = x.permute(0, 3, 1, 2)
         elif name == "fashion-mnist":                              # grey 28 px, padded to 32
             x = F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
-        arrays += [_resized(x, image_size), CIFAR_20[y] if name == "cifar20" else y]
-    return _splits(name, *arrays, SUPERCLASSES if name == "cifar20" else both[0].classes)
-
-
-def _one_line(error):
-    """The first line of what an exception says, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        if name == "cifar20":                                      # the superclasses of CIFAR-100
+            folder = Path(part.root, part.base_folder)             # files that torchvision verified
+            y = pickle.loads((folder / file).read_bytes(), encoding="latin1")["coarse_labels"]
+            classes = pickle.loads((folder / "meta").read_bytes())["coarse_label_names"]
+        arrays += [_resized(x, image_size), y]
+    return _dataset(name, *arrays, classes)
 
 
 def _resized(images, size):
@@ -357,225 +439,49 @@ def _resized(images, size):
                       .round_().clamp_(0, 255).byte() for part in images.split(4096)])
 
 
-def _imagenet(name, data_dir, image_size):
-    """Tiny-ImageNet in its original layout, or the ImageNet subsets from the user's ImageNet."""
-    tiny = name == "tiny-imagenet"
-    root = data_dir / "tiny-imagenet-200" if tiny else data_dir
-    wanted = {"imagenet10": IMAGENET_10, "imagenet-dogs": IMAGENET_DOGS}.get(name)
-    if not (root / "train").is_dir():
-        todo = f"unpack tiny-imagenet-200.zip in {data_dir}" if tiny else \
-            "give the ImageNet folder, which holds train/ and val/, as --data-dir"
-        raise UserError(f"{name}: there is no {root / 'train'}; {todo}, {NEEDS_NOTHING}")
-    train, classes = _list_images(root / "train", wanted)
-    missing = sorted(set(wanted or []) - set(classes or []))
-    if not classes:
-        missing = missing or ["class folders with images"]
-    if missing:
-        raise UserError(f"{name}: {root / 'train'} lacks {', '.join(missing)}")
-    annotations, test = root / "val/val_annotations.txt", []
-    if annotations.is_file():                                      # image <tab> class <tab> box
-        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
-        bad = next((row for row in rows if len(row) < 2 or row[1] not in classes), None)
-        if bad:
-            raise UserError(f"{annotations}: {bad[:2]} does not name an image and its class")
-        test = [(root / "val/images" / row[0], classes.index(row[1])) for row in rows]
-    elif (root / "val").is_dir():
-        test, names = _list_images(root / "val", classes)
-        test = [(f, classes.index(names[c])) for f, c in test]     # numbered as in train
-    return _decoded(name, root, train, test, classes, image_size or (64 if tiny else 224),
-                    data_dir / "cache")
+def prepare(args, defaults):
+    """How every script starts: whatever can be checked is checked before anything is written.
+
+    -> device, Dataset, index (n,) of the training images to learn from, number of clusters.
+    Prints the settings that `defaults` chose for this dataset. Raises UserError for a batch or
+    a number of clusters above n, and where nobody can know the number of clusters."""
+    device = pick_device(args.device)
+    data = load_dataset(args.dataset, args.data_dir, args.image_size, classes=args.classes,
+                        unlabelled=args.unlabelled, labelled=args.labelled, fit=args.fit,
+                        out=args.out)
+    chosen = defaults.get(args.dataset if args.dataset in NAMES else "folder", {})
+    chosen = [f"--{k.replace('_', '-')} {v}" for k, v in chosen.items() if getattr(args, k) == v]
+    if chosen:
+        print(f"settings for {data.name}: {' '.join(chosen)}")
+    if args.stem_stride == 2 and data.train.images.shape[-1] <= 8:     # the last stride would act
+        raise UserError("--stem-stride 2 needs images of more than 8 px: give --stem-stride 1 or a "
+                        "larger --image-size")                     # on 1 x 1: torch's kernel fails
+    index = subset(data.train.labels, len(data.train.images), args.train_size, args.seed)
+    if args.clusters is None and data.classes is None:
+        raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
+    clusters = args.clusters or len(data.classes)
+    for flag, value in (("--batch-size", args.batch_size or 2), ("--clusters", clusters)):
+        if value > len(index):
+            raise UserError(f"{flag} {value}: there are only {len(index):,} training images")
+    return device, data, index, clusters
 
 
-def _folder(root, data_dir, image_size):
-    """The user's own images. Sub-folders are classes; images directly in DIR have no labels."""
-    has_split = (root / "train").is_dir()
-    train_root = root / "train" if has_split else root
-    test_root = next((root / t for t in ("test", "val") if has_split and (root / t).is_dir()), None)
-    train, classes = _list_images(train_root)
-    if not train:
-        raise UserError(f"{train_root}: no images there (known endings: "
-                        f"{' '.join(sorted(IMAGE_FILES))})")
-    test = []
-    if test_root:
-        test, test_classes = _list_images(test_root)
-        if test and (classes is None) != (test_classes is None):
-            raise UserError(f"{root}: either both train/ and {test_root.name}/ have class folders, "
-                            f"or neither has")
-        unknown = sorted(set(test_classes or []) - set(classes or []))
-        if unknown:
-            raise UserError(f"{test_root}: classes that {train_root} lacks: "
-                            f"{', '.join(unknown[:5])}")
-        if classes:                                                # numbered as in train
-            test = [(f, classes.index(test_classes[c])) for f, c in test]
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name) or "folder"
-    return _decoded(name, root, train, test, classes,
-                    image_size or _folder_size([f for f, _ in train]), data_dir / "cache")
-
-
-def _list_images(root, wanted=None):
-    """All image files below root, sorted. -> ([(path, class id or -1)], class names or None)
-
-    Sub-folders (those in `wanted`, if given) are classes. Images directly in root mean that there
-    are no classes."""
-    def is_image(file):
-        return file.suffix.lower() in IMAGE_FILES and not file.is_fifo()        # a pipe would block
-
-    def walk(top):
-        seen, found, others = {os.path.realpath(root)}, [], 0
-        for place, folders, names in os.walk(top, followlinks=True):
-            real = os.path.realpath(place)
-            if real in seen:                                       # a loop of symbolic links
-                folders.clear()
-                continue
-            seen.add(real)
-            images = [f for n in names if is_image(f := Path(place, n))]
-            found, others = found + images, others + len(names) - len(images)
-        return sorted(found), others
-    entries = sorted(os.scandir(root), key=lambda e: e.name)
-    folders = {e.name: walk(e.path) for e in entries
-               if os.path.isdir(e) and (wanted is None or e.name in wanted)}
-    direct = [f for e in entries if not os.path.isdir(e) and is_image(f := Path(e.path))]
-    others = sum(not os.path.isdir(e) for e in entries) - len(direct)
-    others += sum(o for _, o in folders.values())
-    classes = sorted(name for name, (files, _) in folders.items() if files)
-    if others and wanted is None:
-        print(f"{root}: {others:,} files that are not images, by their ending, are left out")
-    if wanted is None and (direct or not classes):
-        if classes:
-            print(f"{root}: images lie in it and in its sub-folders: all are taken, without labels")
-        return [(f, -1) for f in direct + sum((folders[c][0] for c in classes), [])], None
-    return [(f, i) for i, c in enumerate(classes) for f in folders[c][0]], classes
-
-
-def _folder_size(files):
-    """A side in pixels for a folder of any images: their own where that is small and the same for
-    all, else the largest of 32, 64, 96 that the median image fills. --image-size overrides it."""
-    sizes = []
-    for file in files[::max(1, len(files) // 64)]:
-        with contextlib.suppress(Exception), Image.open(file) as image:
-            sizes.append(image.size)
-    if len(set(sizes)) == 1 and 8 <= sizes[0][0] == sizes[0][1] <= 64:
-        return sizes[0][0]
-    median = np.median([min(s) for s in sizes]) if sizes else 32
-    return max((s for s in (32, 64, 96) if s <= median), default=32)
-
-
-def _decode(file, size):
-    """One image file -> (3, size, size) uint8, or in words why not."""
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} x {image.height} pixels are too many"
-            image.draft("RGB", (size, size))                       # JPEG: decode near the target
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":                              # grey of 16 or 32 bits
-                grey = np.asarray(image, np.float64)
-                top = 65535 if grey.max() > 255 else 255 if grey.max() > 1 else 1
-                image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
-            if "A" in image.mode or "transparency" in image.info:  # transparent becomes white
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except Exception as error:                                     # Pillow raises many kinds
-        return _one_line(error)
-
-
-def _decoded(name, root, train, test, classes, size, cache_dir):
-    """Decode files once and keep the array; a changed folder is decoded anew. -> Dataset"""
-    digest = hashlib.sha256(f"{size}|{classes}|{len(train)}".encode())
-    for file, label in train + test:
-        with contextlib.suppress(OSError):
-            stat = os.stat(file)
-            digest.update(os.fsencode(f"{os.path.relpath(file, root)}|{label}|{stat.st_size}|"
-                                      f"{stat.st_mtime_ns}\n"))
-    fingerprint = digest.hexdigest()[:16]
-    place = hashlib.sha256(os.fsencode(str(root))).hexdigest()[:8]
-    cache = Path(cache_dir) / f"{name}-{place}-{size}px.pt"
-    try:
-        kept = load_checked(cache)
-    except (OSError, Damaged):
-        kept = {}
-    if kept.get("fingerprint") != fingerprint:
-        kept = {"fingerprint": fingerprint, **_decode_all(name, train + test, size)}
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(cache, kept)
-        except OSError as error:
-            print(f"  the decoded images could not be kept for the next start: {error}")
-    elif kept["bad"]:
-        print(f"{name}: {kept['bad']:,} unreadable image files are left out, as before")
-    good, files = kept["good"], train + test
-    edge = sum(i < len(train) for i in good)
-    if not edge:
-        raise UserError(f"{root}: none of its {len(train):,} image files can be read")
-    names = [os.path.relpath(files[i][0], root) for i in good]
-    labels = torch.tensor([files[i][1] for i in good])
-    both = [Split(kept["images"][part], labels[part] if classes else None, names[part])
-            for part in (slice(0, edge), slice(edge, None))]
-    return Dataset(name, both[0], both[1] if edge < len(good) else both[0], classes, fingerprint)
-
-
-def _decode_all(name, files, size):
-    """Decode [(path, label)] with all cores; name the unreadable ones.
-    -> {'images' (N, 3, size, size) uint8, 'good': which files they are, 'bad': how many are not}"""
-    print(f"{name}: decoding {len(files):,} images to {size} x {size} px, once")
-    images, good, bad, started = [], [], [], time.time()
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), 512):                    # in parts: Ctrl-C is heard
-            part = [f for f, _ in files[start:start + 512]]
-            for i, image in enumerate(pool.map(_decode, part, [size] * len(part)), start):
-                if isinstance(image, str):
-                    path = os.fsencode(files[i][0]).decode(errors="replace")
-                    bad.append(f"  left out {path}: {image}")
-                else:
-                    images.append(image)
-                    good.append(i)
-            progress("decoding", start + len(part), len(files), started)
-    print("\n".join(bad[:20] + [f"  left out {len(bad) - 20:,} more"] * (len(bad) > 20)),
-          end="\n" if bad else "")
-    images = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return {"images": images, "good": good, "bad": len(bad)}
-
-
-def subset(labels, n, imbalance, size, seed):
-    """Indices of the training images to learn from: all, a long tail, or a balanced part.
-
-    labels (N,) or None; imbalance r >= 1: class c keeps int(n_max r^(-c / (C - 1))) images, the
-    exponential profile of long-tailed CIFAR; size: that many images, equally many of each class
-    (of any, where there are no labels). -> (n,) int64, sorted"""
-    if imbalance == 1 and size is None:
+def subset(labels, n, size, seed):
+    """Indices of the training images to learn from: all n, or `size` of them, equally many of each
+    class (any, where labels (N,) is None or has unknown ones). -> (size,) int64, sorted"""
+    if size is None:
         return torch.arange(n)
-    if size is not None and size > n:
+    if size > n:
         raise UserError(f"--train-size {size}: there are only {n:,} training images")
     order = torch.randperm(n, generator=generator(seed, 0, "subset"))
     if labels is None or (labels < 0).any():
-        if imbalance != 1:
-            raise UserError("--imbalance needs a label for every training image")
         return order[:size].sort().values
     counts = torch.bincount(labels).tolist()
-    classes = len(counts)
-    if size is None:
-        keep = [int(max(counts) * imbalance ** (-c / max(classes - 1, 1))) for c in range(classes)]
-    else:
-        keep = [size // classes + (c < size % classes) for c in range(classes)]
+    keep = [size // len(counts) + (c < size % len(counts)) for c in range(len(counts))]
     if any(k > have for k, have in zip(keep, counts)):
-        raise UserError(f"a subset with {max(keep):,} images of a class: some class has fewer")
+        raise UserError(f"--train-size {size} takes {max(keep):,} images of each class; one class "
+                        f"has only {min(counts):,}")
     return torch.cat([order[labels[order] == c][:k] for c, k in enumerate(keep)]).sort().values
-
-
-def check_sizes(args, data, n):
-    """The number of clusters of the report. Raises UserError when n training images are too few
-    for --batch-size or --clusters, or when nobody can know the number of clusters."""
-    if args.clusters is None and data.classes is None:
-        raise UserError(f"{args.dataset} has no labels: say how many clusters, e.g. --clusters 10")
-    clusters = args.clusters or len(data.classes)
-    for flag, value in (("--batch-size", args.batch_size), ("--clusters", clusters)):
-        if value > n:
-            raise UserError(f"{flag} {value}: there are only {n:,} training images")
-    return clusters
 
 
 def to_device(images, device):
@@ -607,14 +513,348 @@ def pixel_statistics(images):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Views. Batched, on the device; every image gets its own draw. Inputs are (B, 3, H, W) float in
+# 4. Folders: the user's own images. The rules, in this order, for the files that can be read:
+#      hidden and system files, folders that hold a run, --out and --data-dir are never data;
+#      a folder in which only one folder holds images is read from that folder;
+#      train, test and val are splits where no other folder lies beside them, otherwise classes;
+#      test is used, else val, if it has class folders just as the training images have;
+#      a single class means no labels.
+#    What was understood and what is left out is printed at every start.
+
+ENDINGS = set(".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", "$recycle.bin",
+          "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+          "valid": "val", "validation": "val"}
+MAX_PIXELS = 100_000_000                  # a larger picture is refused: it may be a bomb
+
+
+def find_files(root, skip):
+    """All image files below root, each as a tuple of names below root, sorted. skip: folders that
+    are not data. Links are followed after all real folders, which keep their images."""
+    files, others, seen = [], 0, {os.path.realpath(path) for path in skip}
+    folders, links = [((), root)], []
+    while folders or links:
+        parts, place = (folders or links).pop()
+        real = os.path.realpath(place)
+        if real in seen or Path(real) in Path(root).parents:
+            if os.path.islink(place):
+                print(f"  left out, a link to a folder that is read already: {one_line(place)}")
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            print(f"  left out, cannot be opened: {one_line(error)}")
+            continue
+        if parts and {"log.jsonl", "clusters.csv"} & {entry.name for entry in entries}:
+            print(f"  left out, holds a run: {one_line(place)}")
+            continue
+        for entry in entries:
+            inner = (*parts, entry.name)
+            if entry.name[0] == "." or entry.name.lower() in SYSTEM:
+                continue
+            if os.path.isdir(entry.path):
+                (links if entry.is_symlink() else folders).append((inner, entry.path))
+            elif Path(entry.name).suffix.lower() in ENDINGS and (       # a pipe would block
+                    os.path.isfile(entry.path) or not os.path.exists(entry.path)):
+                files.append(inner)
+            else:
+                others += 1
+    if others:
+        print(f"  left out, not images by their ending: {others:,}")
+    return sorted(files)
+
+
+def shared_depth(files, depth=0, known=()):
+    """How many folders lie around all the files: nothing else holds images, so they are passed.
+    depth: where to begin; known: folders that are not passed."""
+    while len(files[0]) > depth + 1 and files[0][depth] not in known and \
+            len({f[depth:depth + 1] for f in files}) == 1:
+        depth += 1
+    return depth
+
+
+def class_of(files, depth, labelled, known):
+    """{file: the name of its class folder, or None where there are no classes}"""
+    depth = shared_depth(files, depth, known)
+    inside = [f for f in files if len(f) > depth + 1]
+    beside = len(files) - len(inside)
+    if inside and beside and labelled:
+        print(f"  left out, beside the class folders: {beside:,} images")
+        files = inside
+    elif inside and beside:
+        print("  images lie beside folders: all are taken, without labels (--labelled: only those "
+              "in the folders, which are the classes)")
+    return {f: f[depth] if len(files) == len(inside) else None for f in files}
+
+
+def layout(root, every, files, labelled, known):
+    """What each readable file is, by the rules above. every: all files, also unreadable ones.
+    -> {file: (split, class or None)}, without those that are left out"""
+    depth = shared_depth(files, 0, known)
+    tops = sorted({f[depth] for f in files if len(f) > depth + 1})
+    role_of = {top: SPLITS.get(top.lower()) for top in tops}
+    named = [top for top, role in role_of.items() if role]
+    passed = {SPLITS.get(part.lower()) for part in files[0][:depth]} - {None, "train"}
+    if passed and any(SPLITS.get(part.lower()) == "train" for f in every for part in f[:-1]):
+        raise UserError(f"{one_line(root)}: no image of its train folder can be read")
+    groups = {"train": files}
+    if named and named == tops:
+        groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
+        beside = len(files) - sum(len(group) for group in groups.values())
+        if "train" not in groups or len(groups) < len(tops):
+            raise UserError(f"{one_line(root)} has the folders {', '.join(tops)}: name exactly one "
+                            f"of them train, and no two the same")
+        if beside:
+            print(f"  left out, beside {' and '.join(tops)}: {beside:,} images")
+        depth += 1
+    elif named:
+        print(f"  taken as classes, not as splits, since other folders lie there too: "
+              f"{', '.join(named)}")
+    classes, chosen = class_of(groups["train"], depth, labelled, known), None
+    names = set(classes.values()) - {None}
+    if len(names) == 1:
+        print(f"  all training images are in one folder, {one_line(names.pop())}: that is no label")
+        classes = dict.fromkeys(classes)
+    found = {f: ("train", label) for f, label in classes.items()}
+    for role in [role for role in ("test", "val") if role in groups]:
+        inner = class_of(groups[role], depth, labelled, names)
+        where, has = groups[role][0][depth - 1], set(inner.values()) != {None}
+        if chosen or (has != bool(names) and names):
+            why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
+            print(f"  left out, {where}: {len(groups[role]):,} images: {why}")
+            continue
+        chosen, strange = where, sorted(set(inner.values()) - names) if names else ()
+        if strange:
+            lost = sum(label in strange for label in inner.values())
+            print(f"  left out, {lost:,} images of {where}, as train lacks these classes: "
+                  f"{one_line(', '.join(strange))}")
+        found.update({f: ("test", label if names else None) for f, label in inner.items()
+                      if label not in strange})
+    return found
+
+
+def only_classes(files, lines, source):
+    """The files in the folders that lines name, and these names. A line may go on after a name."""
+    folders = {part for f in files for part in f[:-1]}
+    lines = [line.strip() for line in lines if line.strip()]
+    names = {line if line in folders else line.split()[0] for line in lines}
+    missing = ", ".join(one_line(name) for name in sorted(names - folders))
+    if missing or not names:
+        raise UserError(f"{one_line(source)} names {missing or 'no class'}, of which there are no "
+                        f"images")
+    return [f for f in files if names & set(f[:-1])], names
+
+
+def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labelled=False, out=None,
+            classes=None, **options):
+    """A folder of images, by the rules above. -> Dataset
+
+    name, only   for the built-in sets: their names, and the class folders that they take
+    classes      a file that names the class folders to keep, at the start of its lines"""
+    root, known = Path(os.path.realpath(root)), ()
+    if name and not (root / "train").is_dir():
+        raise UserError(f"{name}: there is no {root / 'train'}; give the ImageNet folder as "
+                        f"--data-dir, or unpack tiny-imagenet-200.zip in it, {NEEDS_NOTHING}")
+    if out and os.path.realpath(out) == str(root):
+        raise UserError(f"--out {one_line(out)} is the folder of the images: choose another one")
+    print(f"reading {one_line(root)}")
+    skip = [p for p in (out, data_dir) if p and root in Path(os.path.realpath(p)).parents]
+    files = find_files(root, skip)
+    try:
+        if classes:
+            only = Path(classes).read_text(encoding="utf-8-sig").split("\n")
+        notes = root / "val/val_annotations.txt" if name else None # image <tab> class <tab> box
+        lines = notes.read_text().split("\n") if notes and notes.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{classes or notes} cannot be read: {one_line(error)}") from None
+    if only:
+        files, known = only_classes(files, only, classes or name)
+    if not files:
+        raise UserError(f"{one_line(root)}: no images there (endings: {' '.join(sorted(ENDINGS))})")
+    name = name or "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name) or "folder"
+    kept = read_files(name, root, files, data_dir, size, **options)
+    # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes.
+    moved = {("val", "images", row[0]): ("val", row[1], row[0])
+             for row in (line.split("\t") for line in lines) if len(row) > 1}
+    every = [moved.get(f, f) for f in files]
+    good = [every[i] for i in kept["good"]]
+    if not good:
+        raise UserError(f"{one_line(root)}: none of its image files can be read")
+    found = {f: ("train", None) for f in good} if unlabelled else \
+        layout(root, every, good, labelled, known)
+    names = sorted({label for _, label in found.values()} - {None})
+    splits = []
+    for split in ("train", "test"):
+        rows = [row for row, f in enumerate(good) if f in found and found[f][0] == split]
+        y = torch.tensor([names.index(found[good[row]][1]) for row in rows]) if names else None
+        where = [os.sep.join(files[kept["good"][row]]) for row in rows]
+        features = None if kept["features"] is None else kept["features"][rows]
+        splits.append(Split(kept["images"][rows], y, where, features))
+    n, m = (len(split.names) for split in splits)
+    shown = one_line(", ".join(names[:12])) + ", ..." * (len(names) > 12)
+    classes = f"{len(names)} classes ({shown})" if names else "no labels"
+    print(f"  {n:,} training images, {f'{m:,} test images' if m else 'no test split'}, {classes}, "
+          f"{kept['how']['size']} px")
+    return Dataset(name, splits[0], splits[1] if m else splits[0], names or None, "", kept["how"])
+
+
+def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None, network=None):
+    """Decode files (tuples of names below root), or take them from the cache of data_dir.
+
+    decoding   that of another Dataset, to be used again; else it is measured (decode_all)
+    network    (name, function): only thumbnails of the images are kept, and beside them
+               'features', function((B, 3, size, size) uint8) -> (B, D)
+    -> what decode_all returns"""
+    # The key changes with every change that `stat` can see, also when two files swap their names.
+    paths = [os.path.join(root, *f) for f in files]
+    about = [size, fit, network and network[0], decoding]
+    digest = hashlib.sha256(repr(about).encode())
+    for file, path in zip(files, paths):
+        with contextlib.suppress(OSError):
+            s = os.stat(path)
+            stamp = s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino
+            digest.update(os.fsencode(f"{os.sep.join(file)}{stamp}\n"))
+    place = hashlib.sha256(os.fsencode(str(root))).hexdigest()[:8]
+    cache = "-".join(str(part) for part in (name, place, *about[:3]) if part)
+    cache, key = Path(data_dir) / "cache" / f"{cache}.pt", digest.hexdigest()
+    try:
+        kept = load_checked(cache)
+        good = kept["key"] == key and len(kept["images"]) == len(kept["good"])
+        for i, _ in kept["bad"] if good else ():                   # it may be readable by now
+            good = good and isinstance(decode(paths[i], **kept["how"]), str)
+    except (OSError, Damaged, LookupError, TypeError):
+        good = False
+    if not good:
+        kept = {"key": key, **decode_all(name, paths, size, fit, decoding or {}, network)}
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            save_atomically(cache, kept)
+        except OSError as error:
+            print(f"  the decoded images could not be kept for the next start: {one_line(error)}")
+    bad = [f"left out, {why}: {one_line(os.sep.join(files[i]))}" for i, why in kept["bad"]]
+    more = [f"left out, not readable: {len(bad) - 20:,} more files"] if len(bad) > 20 else []
+    print("".join(f"  {line}\n" for line in kept["lines"] + bad[:20] + more), end="")
+    return kept
+
+
+def levels(image, path):
+    """(H, W) or (H, W, 3) levels of an image of more than 8 bits; None for any other image"""
+    if image.mode[0] in "IF":
+        return np.asarray(image, np.float64)
+    if "16B" in str(image.tile):           # of a colour image Pillow would keep the upper 8 bits
+        with contextlib.suppress(AttributeError, RuntimeError):
+            data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+            full = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.UNCHANGED)
+            return full[:3 if len(full) > 2 else 1].double().permute(1, 2, 0).squeeze(2).numpy()
+    return None
+
+
+def look(path):
+    """-> (width, height, some levels of an image of more than 8 bits, some visible levels of a
+    transparent image), or None for a file that cannot be read"""
+    try:
+        with Image.open(path) as image:
+            deep, visible, fits = [], [], image.width * image.height <= MAX_PIXELS
+            if fits and levels(image, path) is not None:
+                deep = levels(image, path)
+                deep = deep[np.isfinite(deep)]
+            elif fits and image.has_transparency_data:
+                grey, alpha = np.moveaxis(np.asarray(image.convert("RGBA").convert("LA")), 2, 0)
+                visible = grey[alpha > 127] if alpha.min() < 255 else []
+            some = [x[np.random.default_rng(0).integers(len(x), size=1000)] if len(x) else []
+                    for x in (deep, visible)]
+            return *image.size, *some
+    except Exception:                                              # Pillow raises many kinds
+        return None
+
+
+def decode(path, size, fit, grey, ground):
+    """One image file -> (3, size, size) uint8, or in words why not. grey: [low, high], the levels
+    of images of more than 8 bits that become 0 and 255; ground: the level behind transparency."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width} x {image.height} pixels are too many"
+            image.draft("RGB", (size, size))                       # JPEG: decode near the target
+            deep, square = levels(image, path), (size, size)
+            if deep is not None:
+                low, high = grey or (0, 65535)
+                deep = np.nan_to_num((deep - low) / (high - low) * 255, nan=0, posinf=255, neginf=0)
+                image = Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                level = 255 if ground is None else ground
+                back = Image.new("RGBA", image.size, (level, level, level, 255))
+                image = Image.alpha_composite(back, image.convert("RGBA"))
+            image = image.convert("RGB")
+            if image.size != square:
+                to = {"crop": ImageOps.fit, "pad": ImageOps.pad, "squeeze": Image.Image.resize}
+                image = to[fit](image, square, Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        return "not an image or broken"
+    except Exception as error:
+        return one_line(error)
+
+
+def decode_all(name, paths, size, fit, decoding, network):
+    """Decode files with all cores. A look at every file decides first what all images share: their
+    size, the scale of grey levels, the ground behind transparency.
+    -> what read_files keeps: images or thumbnails, features, good, bad, lines, how"""
+    Image.MAX_IMAGE_PIXELS = None          # MAX_PIXELS decides, and says so in words
+    lines, started = [], time.time()
+    images, features, good, bad = [], [], [], []
+    with ThreadPoolExecutor() as pool:
+        seen = [s for s in pool.map(look, paths) if s] or [(32, 32, [], [])]
+        if size is None:           # their own where it is small and the same for all, else by the
+            width, height = seen[0][:2]                                          # median
+            same = width == height and {s[:2] for s in seen} == {(width, height)}
+            fits = [s for s in (32, 64, 96) if s <= np.median([min(s[:2]) for s in seen])]
+            size = width if same and 8 <= width <= 64 else max(fits, default=32)
+        cut = np.median([1 - min(s[:2]) / max(s[:2]) for s in seen])
+        if fit == "crop" and cut >= .2:
+            lines.append(f"--fit crop cuts {cut:.0%} off the median image; pad and squeeze do not")
+        grey, ground = decoding.get("grey"), decoding.get("ground")
+        deep, visible = (np.concatenate([[], *(s[i] for s in seen)]) for i in (2, 3))
+        if len(deep):
+            if grey is None:
+                low, high = np.percentile(deep, (.1, 99.9)).tolist()
+                grey = [low, high if high > low else low + 1]
+            lines.append(f"16-bit and float images: the levels {grey[0]:.6g} to {grey[1]:.6g} "
+                         f"become 0 to 255, in all of them")
+        if len(visible):
+            if ground is None:     # the level that the fewest visible pixels are near to
+                ground = min((255, 0, 128, 64, 192), key=lambda g: (abs(visible - g) < 48).sum())
+            lines.append(f"transparent images lie on the grey level {ground} (255 is white)")
+        how = {"size": size, "fit": fit, "grey": grey, "ground": ground}
+        print(f"  decoding {len(paths):,} images to {size} x {size} px, once")
+        for start in range(0, len(paths), 512):                    # in parts: Ctrl-C is heard
+            found = list(pool.map(lambda path: decode(path, **how), paths[start:start + 512]))
+            bad += [[i, why] for i, why in enumerate(found, start) if isinstance(why, str)]
+            good += [i for i, image in enumerate(found, start) if not isinstance(image, str)]
+            part = [image for image in found if not isinstance(image, str)]
+            if part and network:
+                part = torch.stack(part)
+                features.append(network[1](part).cpu())
+                part = _resized(part, min(size, 96))
+            images += part
+            progress(f"{name}: decoding", start + len(found), len(paths), started)
+    images = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return {"images": images, "features": torch.cat(features) if features else None, "good": good,
+            "bad": bad, "lines": lines, "how": how}
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Views. Batched, on the device; every image gets its own draw. Inputs are (B, 3, H, W) float in
 #    [0, 1]. Random numbers come from a CPU generator, so a seed gives the same views everywhere.
 
-def random_resized_crop(x, size, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, size, size)
+def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, H, W)
 
     scale: range of the share of the area; flip: its probability (it costs nothing: the coordinates
-    of the crop are reversed)."""
+    of the crop are reversed). A box is resized to the size of the image, so it only ever grows."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n).uniform_(*scale, generator=rng)
     aspect = torch.empty(10, n).uniform_(*map(math.log, ratio), generator=rng).exp()
@@ -625,36 +865,24 @@ def random_resized_crop(x, size, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
     h = torch.where(fits.any(0), h.gather(0, first)[0], height)
     left = (torch.rand(n, generator=rng) * (width - w + 1)).floor()
     top = (torch.rand(n, generator=rng) * (height - h + 1)).floor()
-    return resized_crop(x, top, left, h, w, size, torch.rand(n, generator=rng) < flip)
+    return resized_crop(x, top, left, h, w, torch.rand(n, generator=rng) < flip)
 
 
-def resized_crop(x, top, left, h, w, size, flipped):
-    """Cut the box (top, left, h, w) from each image, resize it to (size, size), mirror it where
-    flipped; all five (B,). Equal to torchvision's resized_crop: boxes that grow are sampled at
-    coordinates clamped to the box, those that may shrink go through antialiasing filters."""
+def resized_crop(x, top, left, h, w, flipped):
+    """Cut the box (top, left, h, w) from each image, resize it to the image's own size, mirror it
+    where flipped; all five (B,). Equal to torchvision's resized_crop, because the coordinates are
+    clamped to the box: without that, pixels from outside leak in at its edges."""
     boxes = torch.stack([top, left, h, w, flipped.float()]).to(x.device, non_blocking=True)
     top, left, h, w, flipped = boxes[:, :, None]                   # Bx1 each
-    u = (torch.arange(size, device=x.device) + .5) / size
-    across = torch.where(flipped > 0, 1 - u, u)                    # BxS, in shares of the box
-    if max(x.shape[-2:]) > size:
-        rows = _filter(u.expand(len(x), -1), top, h, x.shape[-2])
-        columns = _filter(across, left, w, x.shape[-1])
-        return rows[:, None] @ x @ columns.transpose(1, 2)[:, None]
-    i = (u * h - .5).clamp(min=0).minimum(h - 1) + top             # BxS, in pixels of x
-    j = (across * w - .5).clamp(min=0).minimum(w - 1) + left
-    i, j = (2 * i + 1) / x.shape[-2] - 1, (2 * j + 1) / x.shape[-1] - 1     # grid_sample's units
+    height, width = x.shape[-2:]
+    u = (torch.arange(width, device=x.device) + .5) / width        # in shares of the box
+    v = (torch.arange(height, device=x.device) + .5) / height
+    u = torch.where(flipped > 0, 1 - u, u)                         # BxW
+    i = (v * h - .5).clamp(min=0).minimum(h - 1) + top             # BxH, in pixels of x
+    j = (u * w - .5).clamp(min=0).minimum(w - 1) + left
+    i, j = (2 * i + 1) / height - 1, (2 * j + 1) / width - 1       # grid_sample's units
     grid = torch.stack(torch.broadcast_tensors(j[:, None, :], i[:, :, None]), -1)
     return F.grid_sample(x, grid, align_corners=False)
-
-
-def _filter(u, start, length, pixels):
-    """(B, S, pixels) weights of a triangle filter that resizes [start, start + length) to S."""
-    j = torch.arange(pixels, device=u.device)
-    centre = (u * length + start - .5)[:, :, None]
-    start, length = start[:, :, None], length[:, :, None]
-    weight = (1 - (j - centre).abs() / (length / u.shape[1]).clamp(min=1)).clamp_(min=0)
-    weight = weight * ((j >= start) & (j < start + length))
-    return weight / weight.sum(-1, keepdim=True)
 
 
 def grey(x):
@@ -687,7 +915,7 @@ def adjust_hue(x, shift):
     hue = torch.lerp(b - r + 2 * chroma, r - g + 4 * chroma, (high - g).sign())
     hue = torch.lerp(g - b, hue, (high - r).sign()).div_(chroma.clamp(min=1e-8)).add_(6 * shift)
     hue -= 6 * (hue / 6).floor_()                                  # 0 to 6
-    y = hue - torch.tensor([3., 2., 4.], device=x.device).view(1, 3, 1, 1)
+    y = torch.cat([hue - 3, hue - 2, hue - 4], 1)
     y = y.abs_().neg_().add_(2).clamp_(0, 1)                       # peaks opposite red, at G, at B
     y[:, :1].neg_().add_(1)
     return y.mul_(chroma).add_(low)
@@ -727,12 +955,12 @@ def random_grayscale(x, p, rng):
 
 def normalise(x, statistics):
     """(x - mean) / std, in the memory order that convolutions like best."""
-    mean, std = (s.to(x.device) for s in statistics)
+    mean, std = (s.to(x.device, non_blocking=True) for s in statistics)
     return (x - mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Backbone
+# 6. Backbone
 
 def resnet18(image_size, width=64, stem_stride=1):
     """torchvision's ResNet-18 without its classifier. (B, 3, H, W) -> (B, 8 * width) features
@@ -744,9 +972,9 @@ def resnet18(image_size, width=64, stem_stride=1):
     The stem decides. ImageNet's 7x7 one leaves an image of 32 px with 8 x 8 positions before the
     first block and a single one at the end; used there it costs many points, silently."""
     net = torchvision.models.resnet18()
-    if image_size <= 128:                 # 3x3; with a max-pool above 64 px, as SCAN has on STL-10
+    if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
-        net.maxpool = nn.Identity() if image_size <= 64 else net.maxpool
+        net.maxpool = nn.Identity() if image_size <= 64 else nn.MaxPool2d(2, 2)
     else:
         net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     net.inplanes, net.bn1, net.fc = width, nn.BatchNorm2d(width), nn.Identity()
@@ -767,7 +995,7 @@ def describe(net, image_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Training
+# 7. Training
 
 def cosine_lr(step, steps, warmup=0):
     """Factor of the learning rate at a step: linear from 0 over `warmup` steps, then half a cosine
@@ -783,7 +1011,7 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group.get("factor", 1)
 
 
-def batches(images, index, batch_size, views, rng, device, clock):
+def batches(images, index, batch_size, views, rng, device):
     """One epoch: shuffle, then yield (batch of index, view, ...), whole batches only.
 
     views(x, rng) makes a tuple of views of raw images x in [0, 1]. It is called for several hundred
@@ -794,94 +1022,33 @@ def batches(images, index, batch_size, views, rng, device, clock):
     limit = (4096 if device.type == "cuda" else 512) * 32**2 // max(32, images.shape[-1])**2
     chunk = max(1, limit // batch_size) * batch_size               # fewer of larger images
     for part in order.split(chunk):
-        with clock():
-            made = views(fetch(images, part, device), rng)
+        made = views(fetch(images, part, device), rng)
+        part = part.to(device, non_blocking=True)
         for i in range(0, len(part), batch_size):
             yield part[i:i + batch_size], *(view[i:i + batch_size] for view in made)
 
 
-def step(optimizer, loss):
-    """Backward and optimizer step. From the first loss or gradient on that is not finite, the
-    device itself leaves steps out (`found_inf` of the fused optimizers): the weights stay good
-    without a synchronisation in every step. Meter reports it."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]
-             if p.grad is not None]
-    good = torch.isfinite(loss.detach()) & torch.isfinite(torch.nn.utils.get_total_norm(grads))
-    bad = 1 - good.float()
-    optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
-    optimizer.step()
-
-
 class Meter:
-    """Means of the loss terms over an epoch of `steps`, read from the device every 50 steps."""
+    """Means of the loss terms over an epoch of `steps`. The device is read once, at the end."""
 
-    def __init__(self, where, optimizer, steps):
-        self.where, self.optimizer, self.steps, self.names = where, optimizer, steps, ()
-        self.rows, self.done, self.began = [], [], time.time()
+    def __init__(self, where, steps):
+        self.where, self.steps, self.done, self.total, self.began = where, steps, 0, {}, time.time()
 
     def add(self, **terms):
         """One step's terms, scalar tensors on the device."""
-        self.names = tuple(terms)
-        self.rows.append(torch.stack([t.detach().float() for t in terms.values()]))
-        if len(self.rows) == 50:
-            self.read()
-
-    def read(self):
-        """Raise NotFinite if a step was not finite; no weight was updated with it or after it."""
-        if not self.rows:
-            return
-        rows = torch.stack(self.rows).cpu()
-        broken = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
-        if broken or getattr(self.optimizer, "found_inf", torch.zeros(())).item():
-            at = broken[0] if broken else len(rows) - 1
-            what = "" if broken else "or a gradient of the 50 steps before it, "
-            terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, rows[at].tolist()))
-            raise NotFinite(f"{self.where}, step {len(self.done) + at + 1}, {what}is not finite "
-                            f"({terms}): stopped before the optimizer used it; the checkpoint of "
-                            f"the last good epoch is kept")
-        self.done, self.rows = self.done + rows.tolist(), []
-        progress(f"{self.where}: step", len(self.done), self.steps, self.began)
+        for name, value in terms.items():
+            self.total[name] = self.total.get(name, 0) + value.detach().float()
+        self.done += 1
+        progress(f"{self.where}: step", self.done, self.steps, self.began)
 
     def means(self):
         """{term: mean over the epoch}"""
-        self.read()
-        return dict(zip(self.names, np.mean(self.done, 0).tolist()))
-
-
-class Clock:
-    """Where the time of an epoch goes: `with clock(): ...` counts as making views, the rest as the
-    network's. On a GPU by events, without synchronising."""
-
-    def __init__(self, device):
-        self.cuda, self.spans, self.began = device.type == "cuda", [], time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self):
-        start = self._now()
-        yield
-        self.spans.append((start, self._now()))
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self):
-        """-> (seconds, of which making views) since the last read"""
-        if self.cuda:
-            torch.cuda.synchronize()
-        views = sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans)
-        now = time.perf_counter()
-        seconds, self.began, self.spans = now - self.began, now, []
-        return seconds, views
+        values = torch.stack(list(self.total.values())) / self.done
+        return dict(zip(self.total, values.tolist()))
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Evaluation, the same for all four. Labels are used here and nowhere else.
+# 8. Evaluation, the same for all four. Labels are used here and nowhere else.
 
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
@@ -896,6 +1063,12 @@ def embed(network, images, statistics, device, batch_size=512):
     return torch.cat(out)
 
 
+def embed_both(network, data, statistics, device):
+    """embed for the training and the test images; without a test split twice the same tensor"""
+    train = embed(network, data.train.images, statistics, device)
+    return train, embed(network, data.test.images, statistics, device) if data.has_test else train
+
+
 def contingency(labels, assignments, classes=0, clusters=0):
     """Counts of each (class, cluster). labels, assignments (N,) integers >= 0, numpy or torch.
     -> (C, K) int64; C and K as large as the numbers found, or as asked for"""
@@ -906,144 +1079,35 @@ def contingency(labels, assignments, classes=0, clusters=0):
     return table
 
 
-def hungarian_match(table):
-    """The one-to-one map of clusters to classes with the most hits. table (C, K) counts.
-    -> (K,) the class of each cluster, -1 where clusters are left over"""
-    match = np.full(table.shape[1], -1)
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    match[columns] = rows
-    return match
-
-
 def cluster_scores(labels, assignments, vote_from=None):
     """ACC, NMI and ARI of a clustering. labels, assignments (N,): integers >= 0, numpy or torch.
 
-    ACC   accuracy after the best map of clusters to classes. One to one ('hungarian') up to as many
-          clusters as classes; else every cluster takes the class of most of its members ('majority
-          vote'), counted on vote_from = (labels, assignments) of another split if that is given.
-          The vote favours many clusters: `rule` stands beside the figure
+    ACC   accuracy after the best one-to-one map of clusters to classes ('hungarian'). With
+          vote_from = (labels, assignments) of the images that vote, each cluster takes the class of
+          most of its members ('majority vote'); a vote favours many clusters
     NMI   mutual information / arithmetic mean of both entropies
     ARI   adjusted Rand index
-    -> {'acc', 'nmi', 'ari', 'rule', 'clusters': how many are not empty}"""
+    -> {'acc', 'nmi', 'ari', 'rule', 'clusters': how many are not empty, 'classes': the class of
+    each cluster, -1 for none}"""
     table = contingency(labels, assignments)
     n, a, b = table.sum(), table.sum(1), table.sum(0)
-    if vote_from is None and (b > 0).sum() <= (a > 0).sum():
-        rule, match = "hungarian", hungarian_match(table)
+    if vote_from is None:
+        rule, match = "hungarian", np.full(table.shape[1], -1)
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        match[columns] = rows
     else:
-        voters = table if vote_from is None else contingency(*vote_from, clusters=table.shape[1])
+        voters = contingency(*vote_from, clusters=table.shape[1])
         rule, match = "majority vote", np.where(voters.sum(0) > 0, voters.argmax(0), -1)
-
-    def entropy(counts):
-        p = counts[counts > 0] / n
-        return -(p * np.log(p)).sum()
 
     def pairs(counts):
         return (counts * (counts - 1.) / 2).sum()
     both = entropy(a) + entropy(b)
-    nmi = 2 * (both - entropy(table)) / both if both > 0 else 1.
+    nmi = 2 * (both - entropy(table.ravel())) / both if both > 0 else 1.
     chance, limit = pairs(a) * pairs(b) / max(pairs(n), 1), (pairs(a) + pairs(b)) / 2
     ari = (pairs(table) - chance) / (limit - chance) if limit != chance else 1.
     return {"acc": float((match[np.asarray(assignments)] == np.asarray(labels)).mean()),
-            "nmi": float(nmi), "ari": float(ari), "rule": rule, "clusters": int((b > 0).sum())}
-
-
-@torch.no_grad()
-def kmeans(features, k, seed, restarts=20, iterations=100):
-    """k-means of L2-normalised features with k-means++ starts; the best of several restarts.
-
-    features (N, D), any device. -> (assignments (N,), centroids (K, D)). An empty cluster takes the
-    point farthest from its centroid. Raises UserError when k > N."""
-    x = F.normalize(features.float(), dim=1)
-    n, best = len(x), (math.inf, None, None)
-    if k > n:
-        raise UserError(f"{k} clusters of {n} images: there are more clusters than images")
-    uniform = torch.rand(restarts, k, generator=generator(seed, 0, "kmeans")).tolist()
-    for first, *others in uniform:
-        centre = x[int(first * n)][None]
-        nearest = (2 - 2 * x @ centre[0]).clamp_(min=0)            # squared, of unit vectors
-        for u in others:                                           # the next: probability ~ d^2
-            cumulative = nearest.double().cumsum(0)
-            pick = torch.searchsorted(cumulative, u * cumulative[-1:]).clamp_(max=n - 1)
-            centre = torch.cat([centre, x[pick]])
-            nearest = torch.minimum(nearest, (2 - 2 * x @ x[pick[0]]).clamp_(min=0))
-        inertia = math.inf
-        for _ in range(iterations):
-            assignment, distance = nearest_centroid(x, centre)     # |x| = 1
-            before, inertia = inertia, distance.sum().item()
-            if before - inertia <= 1e-4 * inertia:
-                break
-            member = F.one_hot(assignment, k).to(x.dtype)
-            count = member.sum(0)
-            empty = (count == 0).nonzero().flatten()
-            centre = member.t() @ x / count.clamp(min=1)[:, None]
-            centre[empty] = x[distance.topk(len(empty)).indices]
-        if inertia < best[0]:
-            best = inertia, assignment, centre
-    return best[1:]
-
-
-def nearest_centroid(x, centre, chunk=16384):
-    """Unit vectors x (N, D), any centre (K, D) -> (nearest (N,), squared distance to it (N,))"""
-    parts = [torch.addmm(centre.square().sum(1), part, centre.t(), alpha=-2).min(1)
-             for part in x.split(chunk)]
-    distance = torch.cat([p.values for p in parts]) + 1
-    return torch.cat([p.indices for p in parts]), distance.clamp_(min=0)
-
-
-@torch.no_grad()
-def knn_accuracy(bank, bank_labels, queries, labels, k=200, tau=.1, leave_one_out=False):
-    """Weighted kNN: each of the k most similar bank images votes exp(cosine / tau) for its class.
-
-    bank (N, D), queries (M, D) features, bank_labels (N,), labels (M,); k is lowered to the mean
-    class size of a small bank. leave_one_out: the queries are the bank, and none votes for itself.
-    -> accuracy in [0, 1]"""
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
-    classes = int(bank_labels.max()) + 1
-    k = max(1, min(k, len(bank) // classes, len(bank) - 1))
-    hits = torch.zeros((), device=bank.device)
-    for rows in torch.arange(len(queries), device=bank.device).split(2048):
-        similarity = queries[rows] @ bank.t()
-        if leave_one_out:
-            similarity[rows - rows[0], rows] = -2
-        value, index = similarity.topk(k, 1)
-        votes = torch.zeros(len(value), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], (value / tau).exp())
-        hits += (votes.argmax(1) == labels[rows]).sum()
-    return hits.item() / len(queries)
-
-
-def linear_probe(features, labels, test_features, seed):
-    """Logistic regression on frozen, standardised features, by L-BFGS. The weight decay is chosen
-    on a fifth of the training features that is held out; then all of them are used.
-
-    features (N, D), labels (N,), test_features (M, D) -> predicted classes (M,) on the CPU"""
-    labels = labels.to(features.device)
-    mean, std = features.mean(0), features.std(0).clamp_(min=1e-6)
-    x, t = (features - mean) / std, (test_features - mean) / std
-
-    def fit(x, y, decay):
-        w = x.new_zeros(x.shape[1] + 1, int(labels.max()) + 1).requires_grad_()
-        solver = torch.optim.LBFGS([w], max_iter=100, tolerance_grad=1e-5,
-                                   line_search_fn="strong_wolfe")
-
-        def closure():
-            solver.zero_grad()
-            loss = F.cross_entropy(x @ w[1:] + w[0], y) + decay * w[1:].square().sum()
-            loss.backward()
-            return loss
-        solver.step(closure)
-        return w.detach()
-
-    def predict(w, x):
-        return (x @ w[1:] + w[0]).argmax(1)
-
-    def held_out_hits(decay):
-        return (predict(fit(x[kept], labels[kept], decay), x[held]) == labels[held]).sum().item()
-    order = torch.randperm(len(x), generator=generator(seed, 0, "probe")).to(x.device)
-    held, kept = order[:len(x) // 5], order[len(x) // 5:]
-    decay = max((1e-2, 1e-3, 1e-4, 1e-5), key=held_out_hits)
-    return predict(fit(x, labels, decay), t).cpu()
+            "nmi": float(nmi), "ari": float(ari), "rule": rule, "clusters": int((b > 0).sum()),
+            "classes": match.tolist()}
 
 
 class Clustering(NamedTuple):
@@ -1053,352 +1117,463 @@ class Clustering(NamedTuple):
     test_confidence: torch.Tensor
 
 
-def evaluate(train_features, test_features, data, clusters, seed, index=None, probe=True,
-             restarts=20):
+def clustering(train_p, test_p):
+    """Probabilities (N, K) and (M, K) of the clusters -> Clustering, on the CPU"""
+    both = train_p.cpu().max(1), test_p.cpu().max(1)
+    return Clustering(*(p.indices for p in both), *(p.values for p in both))
+
+
+def score(data, found, clusters):
+    """cluster_scores of a Clustering on the test images. The numbers of clusters and classes decide
+    the rule, the same for all rows of a table: with more clusters than classes the training images
+    vote (those that are scored, where there is no test split)."""
+    vote = None
+    if clusters > len(data.classes):
+        seen = data.train.labels >= 0
+        vote = data.train.labels[seen], found.train[seen]
+    return cluster_scores(data.test.labels, found.test, vote)
+
+
+@torch.no_grad()
+def kmeans(features, k, seed, restarts=20, iterations=300):
+    """k-means of L2-normalised features with k-means++ starts; the best of several restarts.
+
+    features (N, D), any device. -> (assignments (N,), centroids (K, D)). An empty cluster takes a
+    point that is far from its centroid. Raises UserError when k > N."""
+    x = F.normalize(features.float(), dim=1)
+    n, best = len(x), (math.inf, None, None)
+    if k > n:
+        raise UserError(f"{k} clusters of {n} images: there are more clusters than images")
+    for first, *others in torch.rand(restarts, k, generator=generator(seed, 0, "kmeans")).tolist():
+        centre = x[int(first * n)][None]
+        nearest = (2 - 2 * x @ centre[0]).clamp_(min=0)            # squared, of unit vectors
+        for u in others:                                           # the next: probability ~ d^2
+            cumulative = nearest.double().cumsum(0)
+            pick = torch.searchsorted(cumulative, u * cumulative[-1:]).clamp_(max=n - 1)
+            centre = torch.cat([centre, x[pick]])
+            nearest = torch.minimum(nearest, (2 - 2 * x @ x[pick].flatten()).clamp_(min=0))
+        before = math.inf
+        for i in range(iterations):
+            parts = [torch.addmm(centre.square().sum(1), part, centre.t(), alpha=-2).min(1)
+                     for part in x.split(65536)]                   # far faster than torch.cdist
+            distance = torch.cat([p.values for p in parts]) + 1    # squared; |x| = 1
+            assignment = torch.cat([p.indices for p in parts])
+            if i % 5 == 4:                                         # a look waits for the device
+                inertia = distance.sum().item()
+                if before - inertia <= 1e-6 * inertia:
+                    break
+                before = inertia
+            total = torch.zeros_like(centre).index_add_(0, assignment, x)
+            count = torch.zeros(k, 1, device=x.device).index_add_(
+                0, assignment, torch.ones(n, 1, device=x.device))
+            far = x[distance.topk(k).indices]
+            centre = torch.where(count > 0, total / count.clamp(min=1), far)
+        if distance.sum().item() < best[0]:
+            best = distance.sum().item(), assignment, centre
+    return best[1:]
+
+
+@torch.no_grad()
+def knn_accuracy(bank, bank_labels, queries, labels, k_neighbours=200, tau=.1, leave_one_out=False):
+    """Weighted kNN: each of the nearest bank images votes exp(cosine / tau) for its class.
+
+    bank (N, D), queries (M, D) features, bank_labels (N,), labels (M,); k_neighbours is lowered to
+    the mean class size of a small bank. leave_one_out: the queries are the bank, and none votes for
+    itself. -> (accuracy in [0, 1], the k_neighbours used)"""
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
+    classes = int(bank_labels.max()) + 1
+    k_neighbours = max(1, min(k_neighbours, len(bank) // classes, len(bank) - 1))
+    hits = torch.zeros((), device=bank.device)
+    for rows in torch.arange(len(queries), device=bank.device).split(2048):
+        similarity = queries[rows] @ bank.t()
+        if leave_one_out:
+            similarity[rows - rows[0], rows] = -2
+        value, index = similarity.topk(k_neighbours, 1)
+        votes = torch.zeros(len(value), classes, device=bank.device)
+        votes.scatter_add_(1, bank_labels[index], (value / tau).exp())
+        hits += (votes.argmax(1) == labels[rows]).sum()
+    return hits.item() / len(queries), k_neighbours
+
+
+def knn_gauge(backbone, data, index, statistics, device, epoch, args):
+    """{'knn': accuracy} in ten epochs of a run, else {}: 1,000 training images by 5,000 others, the
+    same ones each time. Never the test images. {} without labels, too. No weight is changed."""
+    if data.classes is None or (epoch + 1) * 10 // args.epochs == epoch * 10 // args.epochs:
+        return {}
+    index = index[data.train.labels[index] >= 0]
+    index = index[torch.randperm(len(index), generator=generator(args.seed, 0, "knn"))[:6000]]
+    h, y = embed(backbone, data.train.images[index], statistics, device), data.train.labels[index]
+    some = len(index) // 6
+    return {"knn": knn_accuracy(h[some:], y[some:], h[:some], y[:some])[0]} if some else {}
+
+
+@torch.no_grad()
+def logistic_regression(x, y, classes, decay, iterations=100):
+    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by scipy's L-BFGS.
+
+    x (N, D), best standardised; y (N,) classes. The device computes the loss and its gradient.
+    -> w (D + 1, C), the bias first"""
+    target = F.one_hot(y, classes).to(x.dtype)
+
+    def loss_and_gradient(flat):
+        w = torch.as_tensor(flat, dtype=x.dtype).to(x.device).view(-1, classes)
+        log_p = F.log_softmax(torch.addmm(w[0], x, w[1:]), 1)
+        error = (log_p.exp() - target) / len(x)
+        loss = -(log_p * target).sum() / len(x) + decay * w[1:].square().sum()
+        gradient = torch.cat([error.sum(0)[None], x.t() @ error + 2 * decay * w[1:]])
+        both = torch.cat([loss[None], gradient.flatten()]).double().cpu().numpy()
+        return both[0], both[1:]                                   # one wait for the device
+    start = np.zeros((x.shape[1] + 1) * classes)
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B",
+                     options={"maxiter": iterations})
+    return torch.as_tensor(found.x, dtype=x.dtype).to(x.device).view(-1, classes)
+
+
+def linear_probe(features, labels, test_features, classes, seed):
+    """Logistic regression on frozen, standardised features. The weight decay is chosen on a fifth
+    of the training features that is held out; then all of them are used.
+
+    features (N, D), labels (N,), test_features (M, D) -> predicted classes (M,) on the CPU"""
+    labels = labels.to(features.device)
+    mean, std = features.mean(0), features.std(0).clamp_(min=1e-6)
+    x, t = (features - mean) / std, (test_features - mean) / std
+    order = torch.randperm(len(x), generator=generator(seed, 0, "probe")).to(x.device)
+    held, kept = order[:len(x) // 5], order[len(x) // 5:]
+
+    def held_out_hits(decay):
+        w = logistic_regression(x[kept], labels[kept], classes, decay)
+        return ((x[held] @ w[1:] + w[0]).argmax(1) == labels[held]).sum().item()
+    w = logistic_regression(x, labels, classes, max((1e-2, 1e-3, 1e-4, 1e-5), key=held_out_hits))
+    return (t @ w[1:] + w[0]).argmax(1).cpu()
+
+
+def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, restarts=20):
     """The standard scores of frozen features (N, D) and (M, D). -> (scores, Clustering by k-means)
 
-    k-means is fitted on train_features[index], the images learned from (None: all), and applied to
-    both splits; its confidence is softmax(cosine to the centroids / 0.1). kNN and the linear probe
-    use all labelled training images. protocol() says it in words.
-    probe=False leaves the linear probe out; restarts: of k-means."""
-    fit = train_features if index is None else train_features[index.to(train_features.device)]
+    k-means   fitted on train_h[index], the images learned from (None: all), and applied to both
+              splits; its confidence is softmax(cosine to the centroids / 0.1)
+    kNN       the bank is all labelled training images; without a test split each image is
+              classified by all the others
+    linear    logistic regression on the labelled training images, where there is a test split
+    probe=False leaves the linear probe out; restarts: of k-means. {} without labels."""
+    fit = train_h if index is None else train_h[index.to(train_h.device)]
     centre = F.normalize(kmeans(fit, clusters, seed, restarts)[1], dim=1)
-    p = [(F.normalize(x, dim=1) @ centre.t() / .1).softmax(1).max(1)
-         for x in (train_features, test_features)]
-    found = Clustering(*(q.indices.cpu() for q in p), *(q.values.cpu() for q in p))
-    if data.test.labels is None:
+    found = clustering(*((F.normalize(h, dim=1) @ centre.t() / .1).softmax(1)
+                         for h in (train_h, test_h)))
+    if data.classes is None:
         return {}, found
     seen = data.train.labels >= 0
-    y, bank = data.train.labels[seen], train_features[seen.to(train_features.device)]
-    target, held = data.test.labels, test_features
-    over = data.has_test and clusters > len(data.classes)
-    vote_from = (y, found.train[seen]) if over else None
-    scores = {"kmeans": cluster_scores(target, found.test, vote_from),
-              "knn": knn_accuracy(bank, y, held, target, leave_one_out=not data.has_test)}
-    if probe and len(y) >= 10:                                     # a fifth is held out, twice
-        if not data.has_test:                                      # never on what it was fitted on
-            order = torch.randperm(len(y), generator=generator(seed, 0, "halves"))
-            a, b = order[len(y) // 5:], order[:len(y) // 5]
-            bank, y, held, target = bank[a], y[a], bank[b], y[b]
-        right = (linear_probe(bank, y, held, seed) == target).float()
-        per_class = [right[target == c] for c in range(len(data.classes))]
-        scores["linear"] = right.mean().item()
-        scores["linear_per_class"] = [r.mean().item() if len(r) else None for r in per_class]
+    y, bank = data.train.labels[seen], train_h[seen.to(train_h.device)]
+    scores = {"kmeans": score(data, found, clusters)}
+    scores["knn"], scores["k_neighbours"] = knn_accuracy(
+        bank, y, test_h, data.test.labels, leave_one_out=not data.has_test)
+    if probe and data.has_test:
+        right = linear_probe(bank, y, test_h, len(data.classes), seed) == data.test.labels
+        scores["linear"] = right.float().mean().item()
     return scores, found
-
-
-def protocol(data):
-    """For each score: fitted on what, scored on what."""
-    n, m = len(data.train.images), len(data.test.images)
-    if data.has_test:
-        return {"k-means": f"fitted on L2-normalised train features, scored on test ({m:,} images)",
-                "kNN": f"weighted, k 200, tau 0.1, bank train, scored on test ({m:,} images)",
-                "linear": f"logistic regression on frozen features of train, scored on test "
-                          f"({m:,} images)",
-                "epoch": "the last"}
-    return {"k-means": f"fitted and scored on the same {n:,} images (no test split)",
-            "kNN": "weighted, k 200, tau 0.1, each image by all the others (no test split)",
-            "linear": "logistic regression fitted on a random 80 %, scored on the other 20 % (no "
-                      "test split)",
-            "epoch": "the last"}
-
-
-def pixel_features(images, device):
-    """Raw pixels, shrunk to 32 px. (N, 3, H, W) uint8 -> (N, 3 * 32 * 32) float"""
-    parts = [fetch(images, part, device) for part in torch.arange(len(images)).split(4096)]
-    return torch.cat([(F.adaptive_avg_pool2d(p, 32) if p.shape[-1] > 32 else p).flatten(1)
-                      for p in parts]).sub_(.5)
 
 
 def baselines(data, untrained, statistics, clusters, seed, index, device):
     """What any score must be held against: {'raw pixels': scores, 'random network': scores}"""
-    table = {}
-    for name, features in (("raw pixels", lambda x: pixel_features(x, device)),
-                           ("random network", lambda x: embed(untrained, x, statistics, device))):
-        train = features(data.train.images)
-        test = features(data.test.images) if data.has_test else train
-        raw = {"probe": False, "restarts": 5} if name == "raw pixels" else {}   # 3,072 dimensions
-        table[name] = evaluate(train, test, data, clusters, seed, index, **raw)[0]
-    return table
+    def pixels(images):                                            # shrunk to 32 px
+        parts = (fetch(images, part, device) for part in torch.arange(len(images)).split(4096))
+        return torch.cat([(F.adaptive_avg_pool2d(p, 32) if p.shape[-1] > 32 else p).flatten(1)
+                          for p in parts]).sub_(.5)
+    raw = pixels(data.train.images), pixels(data.test.images)
+    random = embed_both(untrained, data, statistics, device)
+    return {"raw pixels": evaluate(*raw, data, clusters, seed, index, probe=False, restarts=5)[0],
+            "random network": evaluate(*random, data, clusters, seed, index)[0]}
 
 
 def print_scores(table, data):
     """table {name: scores of evaluate or of cluster_scores} as aligned lines, and the protocol."""
     print(f"\n{'':24}{'ACC':>8}{'NMI':>8}{'ARI':>8}{'kNN':>8}{'linear':>8}")
     for name, scores in table.items():
-        of = scores.get("kmeans", scores)
-        cells = [of.get(s) for s in ("acc", "nmi", "ari")]
-        cells += [scores.get("knn"), scores.get("linear")]
-        print(f"{name:24}" + "".join(f"{'-' if c is None else f'{c:.3f}':>8}" for c in cells)
-              + ("   majority vote" if of.get("rule") == "majority vote" else ""))
-    print("".join(f"  {score}: {words}\n" for score, words in protocol(data).items()), end="")
+        scores = {**scores, **scores.get("kmeans", {})}
+        cells = [scores.get(key) for key in ("acc", "nmi", "ari", "knn", "linear")]
+        print(f"{name:24}" + "".join(f"{'-' if c is None else f'{c:.3f}':>8}" for c in cells))
+    print(f"  {protocol(table, data)}")
 
 
-def print_row(name, scores):
-    """One line: the scores of a clustering."""
-    print(f"{name}: ACC {scores['acc']:.3f}  NMI {scores['nmi']:.3f}  ARI {scores['ari']:.3f}  "
-          f"({scores['rule']})")
+def protocol(table, data):
+    """In words: fitted on what, scored on what."""
+    scores = [{**scores, **scores.get("kmeans", {})} for scores in table.values()]
+    rules = " or ".join(sorted({s["rule"] for s in scores})) or "nothing"
+    k = max((s.get("k_neighbours", 0) for s in scores), default=0)
+    where = f"scored on {len(data.test.images):,} test images" if data.has_test else \
+        f"fitted and scored on the same {len(data.train.images):,} images (kNN: by the others)"
+    return f"learned from train, {where}; ACC by {rules}; kNN with {k} neighbours; last epoch"
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Run folder. Nothing is lost: a file is complete before it gets its name.
+# 9. Run folder. Nothing is lost: a file is complete before it gets its name.
 
 @contextlib.contextmanager
 def replacing(path):
-    """The name of a temporary file beside path: renamed to it at the end, removed on a failure."""
+    """A temporary file beside path, open for bytes. At the end it is on the disk and gets the name
+    path; after a failure it is removed."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def save_atomically(path, state, keep=None):
-    """torch.save, fsync, rename. keep: where the file that was there before goes."""
-    with replacing(path) as temporary:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:                          # of a full disk torch's writer
-                raise error.__context__ or error                   # tells only what followed
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and Path(path).exists():
-            os.replace(path, keep)
+def write_text(path, text):
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def save_atomically(path, state):
+    with replacing(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                              # of a full disk torch's writer
+            raise error.__context__ or error                       # tells only what followed
 
 
 def load_checked(path):
-    """What save_atomically wrote. Raises Damaged: torch.load alone does not notice a flipped bit,
-    the checksums of the zip archive do. Only tensors and plain values are ever unpickled."""
+    """What save_atomically wrote. Raises Damaged for anything else, also for a flipped bit:
+    torch.load does not notice one, the checksums of the zip archive do. Only dense, finite tensors
+    and plain values are let through."""
+    def check(state):
+        if isinstance(state, torch.Tensor):
+            if state.layout != torch.strided or state.is_meta or state.is_complex() or \
+                    not state.isfinite().all():
+                raise ValueError("it holds a tensor that is not dense, real and finite")
+        elif isinstance(state, (dict, list, tuple)):
+            for value in state.values() if isinstance(state, dict) else state:
+                check(value)
     try:
         with zipfile.ZipFile(path) as archive:
             # Checksums do not cover the attributes: torch takes bit 0x10 for "a folder" and
             # returns uninitialised memory.
-            broken = archive.testzip() or next(
-                (entry.filename for entry in archive.infolist() if entry.external_attr), None)
+            marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
+            broken = archive.testzip() or next(marked, None)
         if broken:
-            raise Damaged(f"{path}: {broken} fails its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            raise ValueError(f"{broken} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check(state)
+        return state
     except FileNotFoundError:
         raise
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, IndexError,
-            NotImplementedError, zipfile.zlib.error, pickle.UnpicklingError) as error:
-        raise Damaged(f"{path}: {_one_line(error)}") from None
-
-
-def read_backbone(path, backbone, args, data):
-    """-> weights for `backbone` from a backbone.pt. Strict: a tensor that is missing, left over or
-    of another shape is refused, and so is another dataset. Weights that silently stay random are a
-    known accident."""
-    try:
-        weights = load_checked(path)
-        about = Path(path).with_name("result.json")
-        made = json.loads(about.read_text()) if about.exists() else None
-    except (OSError, Damaged, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    weights = weights if isinstance(weights, dict) else {}
-    shapes = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
-    own = {k: tuple(v.shape) for k, v in backbone.state_dict().items()}
-    wrong = [k for k in {**own, **shapes} if own.get(k) != shapes.get(k)]
-    if wrong:
-        there, here = (s.get(wrong[0], "absent") for s in (shapes, own))
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit, {wrong[0]} is {there}, here "
-                        f"{here}; is it a backbone.pt of the same --width?")
-    mine = {"dataset": data.name, "stem_stride": args.stem_stride, "image_size": args.image_size}
-    for key, value in mine.items() if made else ():                # what the shapes cannot show
-        theirs = made["dataset"] if key == "dataset" else made["settings"].get(key)
-        if theirs != value:
-            raise UserError(f"{path}: it was made with --{key.replace('_', '-')} {theirs}, not "
-                            f"{value}")
-    print(f"backbone: all {len(weights)} tensors of {path} fit" + (
-        f", made by {made['method']}" if made else "; no result.json beside it tells its dataset"))
-    return weights
-
-
-def write_text(path, text):
-    """Write a small file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-
-
-def on_cpu(state):
-    """A copy of nested state whose tensors lie on the CPU and never change again. Anything but
-    tensors and plain values is refused: it would not load again with weights_only."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [on_cpu(value) for value in state]
-    if type(state) not in (int, float, str, bool, type(None)):
-        raise TypeError(f"a checkpoint holds tensors and plain values, not {type(state)}")
-    return state
+    except Exception as error:                                     # a pickle can raise anything
+        raise Damaged(f"{one_line(path)}: {one_line(error)}") from None
 
 
 class Run:
-    """The folder of a run. Used as a context: whatever ends the run, its finished epochs are kept.
+    """The folder of a run. Used as a context.
 
         with Run(args, "identitize", data) as run:
-            saved = run.load()                     # None at a new start
+            rest = run.restore(net=net, optimizer=optimizer)           # {} at a new start
             for epoch in range(run.epoch, args.epochs):
                 ...
-                run.end_epoch({"loss": ...}, images, clock, optimizer, {"net": net.state_dict()})
-            run.finish(scores, backbone, found)
+                run.end_epoch({"loss": ...}, images, net=net, optimizer=optimizer)
+            run.finish(scores, backbone, found, statistics)
 
-    epochs: how many there are in all, where a method has more than args.epochs."""
-    FORMAT = 1
+    epochs: how many there are in all, where a method has more than args.epochs.
+    A checkpoint is written at the end of an epoch, but at most one in INTERVAL seconds, and at the
+    last epoch: a kill costs a minute of work, or one epoch where that is longer."""
+    INTERVAL = 60
     FREE = ("resume", "out", "device", "data_dir", "compile")             # may change on resuming
+    FILES = ("log.jsonl checkpoint.pt checkpoint.previous.pt backbone.pt pretext.pt model.pt "
+             "result.json clusters.csv summary.txt sheets views.png curves.png prototypes.png "
+             "confusion.png correlation.png neighbours.png mixing.png agreement.png "
+             "detection.png").split()
 
     def __init__(self, args, method, data, epochs=None):
-        self.args, self.method, self.data = args, method, data
-        self.epochs = epochs or args.epochs
+        self.args, self.method, self.data, self.epochs = args, method, data, epochs or args.epochs
         self.folder = Path(args.out or f"runs/{method}-{data.name}-seed{args.seed}")
-        self.settings = {"method": method,
-                         **{k: v for k, v in vars(args).items() if k not in self.FREE},
-                         "images": data.fingerprint}
-        self.epoch, self.log, self.pending = 0, [], None
-        self.seconds = 0.                                          # of training, all parts together
-        self.saved_at, self.save_seconds, self.ended = time.time(), 0., time.time()
-        self.current = self.folder / "checkpoint.pt"
-        self.previous = self.folder / "checkpoint.previous.pt"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder}: a file, not a folder")
-        kept = [f for f in (self.current, self.previous) if f.exists()]
-        held = [name for name in ("log.jsonl", "result.json", "backbone.pt")
-                if (self.folder / name).exists()]
-        if (kept or held) and not args.resume:
-            raise UserError(f"{self.folder} already holds a run: continue it with --resume, or "
+        self.settings = {k: v for k, v in vars(args).items() if k not in self.FREE}
+        self.settings.update(method=method, images=data.fingerprint)
+        self.epoch, self.saved, self.log, self.state, self.seconds = 0, 0, [], {}, 0.
+        name = one_line(self.folder)
+        for place in (self.folder, *self.folder.parents):
+            if place.is_file():
+                raise UserError(f"--out {name}: {one_line(place)} is a file")
+        held = [file for file in self.FILES if (self.folder / file).exists()]
+        self.usable = [self.folder / file for file in held if file.startswith("checkpoint")]
+        if held and not args.resume:
+            raise UserError(f"{name} already holds {held[0]}: continue that run with --resume, or "
                             f"choose another folder with --out")
-        self.saved = self._read(kept) if kept else None
-        if args.resume and self.saved is None:
-            print(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+        if self.usable:
+            self.read()
+        elif set(held) - {"log.jsonl"}:
+            raise UserError(f"{name} holds {held[-1]} but no checkpoint: it cannot be continued; "
+                            f"choose another folder with --out")
+        elif args.resume:
+            print(f"{name} holds no checkpoint yet: starting from the beginning")
+        if "result.json" in held:
+            raise Finished(f"{name}: this run is complete; nothing was changed")
 
-    def _read(self, kept):
-        """The newest good checkpoint, if it is of a run with these settings."""
-        self.damaged = None
-        for path in kept:
+    def read(self):
+        """Take the newest good checkpoint. Raises UserError if none is left, or if it is of a run
+        with other settings."""
+        kinds = {"settings": dict, "epoch": int, "seconds": float, "log": list, "state": dict}
+        saved = None
+        while self.usable and saved is None:
             try:
-                saved = load_checked(path)
-                break
-            except Damaged as error:
-                self.damaged = path
-                print(f"WARNING: {error}; falling back to the one before it", file=sys.stderr)
-        else:
-            raise UserError(f"{self.folder}: no good checkpoint is left; choose another folder "
-                            f"with --out")
-        if not isinstance(saved, dict) or saved.get("format") != self.FORMAT:
-            raise UserError(f"{path}: not a checkpoint of this version of {self.method}.py")
-        theirs = saved["settings"]
-        for key in [*self.settings, *(k for k in theirs if k not in self.settings)]:
-            mine = self.settings.get(key)
-            if key == "dataset" and theirs.get("images") == self.data.fingerprint:
-                continue                                           # the same, spelt otherwise
-            if theirs.get(key) != mine:
+                saved = load_checked(self.usable[0])
+                if any(not isinstance(saved[key], kind) for key, kind in kinds.items()) or \
+                        [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)):
+                    raise TypeError("a part of it is of another kind")
+            except (OSError, Damaged, LookupError, TypeError) as error:
+                saved = self.drop(error)
+        if saved is None:
+            raise UserError(f"{one_line(self.folder)}: no good checkpoint is left; choose another "
+                            f"folder with --out")
+        theirs, mine = saved["settings"], self.settings
+        for key in sorted({*mine, *theirs}):
+            same_images = key == "dataset" and theirs.get("images") == mine["images"]
+            if theirs.get(key) != mine.get(key) and not same_images:
                 flag = {"method": "the method", "images": "other images,"}.get(
                     key, "--" + key.replace("_", "-"))
-                raise UserError(f"{self.folder} was made with {flag} {theirs.get(key)}, not "
-                                f"{mine}: give the same, or choose another folder with --out")
-        return saved
+                why = " (it shapes the learning rate)" if "epochs" in key else ""
+                raise UserError(f"{one_line(self.folder)} was made with {flag} {theirs.get(key)}, "
+                                f"not {mine.get(key)}{why}: give the same, or start a new run in "
+                                f"another folder with --out")
+        self.epoch = self.saved = saved["epoch"]
+        self.seconds, self.log, self.state = saved["seconds"], saved["log"], saved["state"]
+
+    def drop(self, error):
+        """Say that the newest checkpoint is not good; the one before it is next."""
+        print(f"WARNING: {one_line(self.usable.pop(0))} is not good: {one_line(error)}",
+              file=sys.stderr)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "log.jsonl", "backbone.pt", "result.json", "clusters.csv"):
-            (self.folder / f"{name}.tmp").unlink(missing_ok=True)  # --out may hold others' files
-        if self.saved and self.damaged:                            # never moved over the good one
-            self.damaged.unlink(missing_ok=True)
+        self.lock = open(self.folder / "lock", "w")                # a kill releases it
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{one_line(self.folder)}: another process writes to it") from None
+        for name in self.FILES:
+            (self.folder / f"{name}.tmp").unlink(missing_ok=True)
         if self.saved:
-            self.epoch, self.log = self.saved["epoch"], self.saved["log"]
-            self.seconds = self.saved["seconds"]
-            print(f"resuming {self.folder} after epoch {self.epoch}")
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log))
+            print(f"resuming {one_line(self.folder)} after epoch {self.epoch}")
+        self.saved_at = self.ended = time.time()
         return self
 
-    def load(self):
-        """The state of end_epoch at the last good checkpoint; None at a new start."""
-        return self.saved["state"] if self.saved else None
+    def __exit__(self, kind, error, trace):
+        self.lock.close()
+        (self.folder / "lock").unlink(missing_ok=True)
+        if error is not None:
+            error.resume = f"; --resume goes on after epoch {self.saved}" if self.saved else \
+                "; no checkpoint was due yet, --resume starts anew"
 
-    def end_epoch(self, record, images, clock, optimizer, state):
-        """Print and log the epoch, and checkpoint it, unless checkpoints would take over 5 % of the
-        time (then the state waits in memory and is written later, or when the run ends in any way).
+    def restore(self, **parts):
+        """Load the checkpoint into parts (networks, optimizers) by their names. -> what else it
+        holds; {} at a new start. A checkpoint that does not fit is left for the one before it."""
+        done = not self.state
+        while not done:
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.state[name])
+                    keys = {frozenset(kept) for kept in getattr(part, "state", {}).values()}
+                    if len(keys) > 1:                              # of an optimizer
+                        raise ValueError("a part of the optimizer's state is missing")
+                    for p, kept in getattr(part, "state", {}).items():
+                        if any(t.numel() > 1 and t.shape != p.shape for t in kept.values()):
+                            raise ValueError("the optimizer's state is of another shape")
+                done = True
+            except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                self.drop(error)
+                self.read()
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log))
+        self.ended = time.time()
+        return {name: value for name, value in self.state.items() if name not in parts}
+
+    def end_epoch(self, record, images, **state):
+        """Check, print and log the epoch, and save a checkpoint if one is due.
 
         record   {loss terms, gauges}; images: how many this epoch took in
-        state    nested state_dicts, all that load() will return"""
-        seconds, views = clock.read()
+        state    networks, optimizers, tensors, plain values: all that restore() will need
+        Raises NotFinite, before anything is written."""
+        bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+        for name, part in state.items():
+            if isinstance(part, nn.Module):
+                sums = torch.stack([t.float().sum() for t in part.state_dict().values()])
+                bad += [] if sums.isfinite().all() else [f"a weight of {name}"]
+        if bad:
+            raise NotFinite(f"{self.method}, epoch {self.epoch + 1}: {', '.join(bad)} not finite; "
+                            f"the checkpoint after epoch {self.saved} is kept")
+        seconds, group = time.time() - self.ended, state["optimizer"].param_groups[0]
         self.epoch, self.seconds = self.epoch + 1, self.seconds + seconds
-        group = optimizer.param_groups[0]
-        self.log = self.log + [{
-            "epoch": self.epoch, **record, "lr": group["lr"] / group.get("factor", 1),
-            "images_per_second": images / seconds, "seconds": seconds,
-            "views_share": views / seconds}]
+        self.log.append({"epoch": self.epoch, **record, "lr": group["lr"] / group.get("factor", 1),
+                         "images_per_second": images / seconds, "seconds": seconds})
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(self.log[-1]) + "\n")
         recent = [r["seconds"] for r in self.log[-5:]]
-        left = clock_text(sum(recent) / len(recent) * (self.epochs - self.epoch))
+        left = duration(sum(recent) / len(recent) * (self.epochs - self.epoch))
         values = "  ".join(f"{k.replace('_', ' ')} {f'{v:.3g}' if isinstance(v, float) else v}"
                            for k, v in record.items())
         print(f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  {values}  "
               f"{images / seconds:,.0f} images/s  {left} left", flush=True)
-        self.pending = {"format": self.FORMAT, "settings": self.settings, "epoch": self.epoch,
-                        "seconds": self.seconds, "log": on_cpu(self.log), "state": on_cpu(state)}
-        if time.time() - self.saved_at >= 20 * self.save_seconds:
-            self.flush()
+        if self.epoch == self.epochs or time.time() - self.saved_at >= self.INTERVAL:
+            self.save(**state)
         self.ended = time.time()
 
-    def flush(self):
-        """Write the state of the last finished epoch, if it is not on disk yet."""
-        if self.pending is not None:
-            began = time.time()
-            save_atomically(self.current, self.pending, keep=self.previous)
-            self.pending, self.saved_at = None, time.time()
-            self.save_seconds = self.saved_at - began
+    def save(self, **state):
+        """Write a checkpoint now; the good one before it is kept."""
+        current, previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
+        if current in self.usable:
+            os.replace(current, previous)
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+        save_atomically(current, {"settings": self.settings, "epoch": self.epoch, "log": self.log,
+                                  "seconds": self.seconds, "state": state})
+        self.saved, self.saved_at, self.usable = self.epoch, time.time(), [current]
 
-    def __exit__(self, kind, error, trace):
-        try:
-            self.flush()
-        except KeyboardInterrupt:                                  # the second Ctrl-C
-            raise KeyboardInterrupt("interrupted while saving; --resume continues after the "
-                                    "checkpoint before") from None
-
-    def finish(self, scores, backbone, found, **more):
-        """The end of a run: result.json, backbone.pt, clusters.csv, prototypes.png and, with
-        labels, confusion.png, without them a contact sheet for each cluster.
+    def finish(self, scores, backbone, found, statistics, **more):
+        """The end of a run: pictures, clusters.csv, backbone.pt and, last of all, result.json.
 
         scores: {name: scores}; found: the Clustering to write; more: entries of result.json"""
-        self.flush()
-        save_atomically(self.folder / "backbone.pt", on_cpu(backbone.state_dict()))
+        save_clusters(self.folder, self.data, found, self.args.clusters or len(self.data.classes))
+        save_curves(self.folder / "curves.png", self.log)
+        save_atomically(self.folder / "backbone.pt", backbone.state_dict())
         device = next(backbone.parameters()).device
         result = {"method": self.method, "dataset": self.data.name, "scores": scores, **more,
-                  "protocol": protocol(self.data), "epochs": self.epoch,
+                  "protocol": protocol(scores, self.data), "epochs": self.epoch,
                   "training_seconds": round(self.seconds, 1), "command": " ".join(sys.argv),
-                  "settings": self.settings,
+                  "settings": self.settings, "decoding": self.data.decoding,
+                  "mean": statistics[0].flatten().tolist(), "std": statistics[1].flatten().tolist(),
+                  "size": self.data.train.images.shape[-1],
                   "device": torch.cuda.get_device_name() if device.type == "cuda" else
                   f"CPU, {torch.get_num_threads()} threads",
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                                "torchvision": torchvision.__version__}}
-        write_text(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
-        table = io.StringIO(newline="")
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(["image", "cluster", "confidence"])
-        parts = [(self.data.train, found.train, found.train_confidence)]
-        if self.data.has_test:
-            parts.append((self.data.test, found.test, found.test_confidence))
-        for split, cluster, sure in parts:
-            rows.writerows((name, c, f"{p:.4f}") for name, c, p in
-                           zip(split.names, cluster.tolist(), sure.tolist()))
-        write_text(self.folder / "clusters.csv", table.getvalue())
-        save_cluster_pictures(self.folder, self.data, found)
-        if not self.data.classes:
-            save_sheets(self.folder, self.data, found, self.args.clusters)
-        views = sum(r["seconds"] * r["views_share"] for r in self.log) / max(self.seconds, 1e-9)
-        print(f"\n{clock_text(self.seconds)} of training, {views:.0%} of it making views, and "
-              f"{clock_text(time.time() - self.ended)} for the report. {self.folder} holds "
-              f"{', '.join(sorted(f.name for f in self.folder.iterdir()))}")
+        valid = json.loads(json.dumps(result), parse_constant=lambda _: None)     # no NaN in JSON
+        write_text(self.folder / "result.json", json.dumps(valid, indent=1) + "\n")
+        files = sorted(f.name for f in self.folder.iterdir() if f.name != "lock")
+        print(f"\n{duration(self.seconds)} of training, {duration(time.time() - self.ended)} for "
+              f"the report. {one_line(self.folder)} holds {', '.join(files)}")
+
+
+def save_clusters(folder, data, found, clusters):
+    """clusters.csv, prototypes.png and, with labels, confusion.png, without labels sheets/."""
+    table = io.StringIO(newline="")
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["image", "cluster", "confidence"])
+    parts = [(data.train, found.train, found.train_confidence),
+             (data.test, found.test, found.test_confidence)]
+    for split, cluster, sure in parts[:1 + data.has_test]:
+        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in split.names]
+        rows.writerows((name, c, f"{p:.4f}")
+                       for name, c, p in zip(names, cluster.tolist(), sure.tolist()))
+    write_text(folder / "clusters.csv", table.getvalue())
+    save_cluster_pictures(folder, data, found, clusters)
+    if not data.classes:
+        save_sheets(folder, data, found, clusters)
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Pictures
+# 10. Pictures
 
 def save_picture(path, image):
     """A PIL image as PNG, written atomically."""
@@ -1415,32 +1590,25 @@ def grid(images, columns, side=48):
     return Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def heatmap(matrix, rows=None, columns=None, title="", limit=None):
+def heatmap(matrix, rows=(), title="", limit=None):
     """A matrix as a PIL image, from blue (-limit) over white (0) to red (limit, by default the
-    largest absolute value), with names of rows and columns."""
+    largest absolute value), with names of rows."""
     m = np.asarray(matrix, np.float64)
     v = np.clip(m / (limit or max(np.abs(m).max(), 1e-12)), -1, 1)
     colour = np.stack([1 - .85 * np.clip(-v, 0, 1), 1 - .8 * np.abs(v),
                        1 - .85 * np.clip(v, 0, 1)], -1)
     cell, top, font = max(2, 320 // max(m.shape)), 24, ImageFont.load_default(12)
     pixels = (colour.repeat(cell, 0).repeat(cell, 1) * 255).round().astype(np.uint8)
-    left, below = (int(max(font.getlength(str(n)) for n in names)) + 8 if names else 2
-                   for names in (rows, columns))
+    left = int(max((font.getlength(str(name)) for name in rows), default=0)) + 8
     height, width = pixels.shape[:2]
-    sheet = Image.new("RGB", (max(left + width, int(font.getlength(title)) + 4) + 2,
-                              top + height + below), "white")
+    sheet = Image.new("RGB", (max(left + width, int(font.getlength(title))) + 6, top + height + 2),
+                      "white")
     sheet.paste(Image.fromarray(pixels), (left, top))
     pen = ImageDraw.Draw(sheet)
     pen.text((2, 4), title, fill="black", font=font)
     pen.rectangle((left - 1, top - 1, left + width, top + height), outline="grey")
-    for i, name in enumerate(rows or []):
-        at = (left - 4, top + (i + .5) * cell)
-        pen.text(at, str(name), fill="black", font=font, anchor="rm")
-    for j, name in enumerate(columns or []):                       # written upwards
-        label = Image.new("RGB", (below, 14), "white")
-        ImageDraw.Draw(label).text((below - 4, 7), str(name), fill="black", font=font, anchor="rm")
-        sheet.paste(label.rotate(90, expand=True),
-                    (int(left + (j + .5) * cell - 7), top + height + 1))
+    for i, name in enumerate(rows):
+        pen.text((left - 4, top + (i + .5) * cell), str(name), fill="black", font=font, anchor="rm")
     return sheet
 
 
@@ -1461,29 +1629,29 @@ def save_views(path, raw, views, statistics, count=8):
     save_picture(path, grid(torch.cat(rows), min(count, len(raw)), side=64))
 
 
-def prototypes(split, assignments, confidence, cluster, count=10):
-    """The most confident images of a cluster, (count, 3, H, W) uint8, filled up with white."""
-    members = (assignments == cluster).nonzero().flatten()
-    best = members[confidence[members].argsort(descending=True, stable=True)[:count]]
-    row = torch.full((count, *split.images.shape[1:]), 255, dtype=torch.uint8)
-    row[:len(best)] = split.images[best]
-    return row
+def surest(found, cluster):
+    """The training and the test images of a cluster, each with the most confident first."""
+    both = ((found.train, found.train_confidence), (found.test, found.test_confidence))
+    members = [(of == cluster).nonzero().flatten() for of, _ in both]
+    return [m[sure[m].argsort(descending=True, stable=True)] for m, (_, sure) in zip(members, both)]
 
 
-def save_cluster_pictures(folder, data, found):
-    """prototypes.png: the ten most confident images of each cluster, a row each, up to 40 clusters.
-    confusion.png, where there are labels: each class's share in each cluster."""
-    split, clusters = data.test, int(max(found.train.max(), found.test.max())) + 1
-    rows = [prototypes(split, found.test, found.test_confidence, c)
-            for c in range(min(clusters, 40))]
+def save_cluster_pictures(folder, data, found, clusters):
+    """prototypes.png: the ten most confident test images of each cluster, a row each, up to 40
+    clusters. confusion.png, where there are labels: each class's share in each cluster."""
+    split, rows = data.test, []
+    for c in range(min(clusters, 40)):
+        best = surest(found, c)[1][:10]
+        row = torch.full((10, *split.images.shape[1:]), 255, dtype=torch.uint8)
+        row[:len(best)] = split.images[best]
+        rows.append(row)
     save_picture(folder / "prototypes.png", grid(torch.cat(rows), 10))
     if split.labels is not None and clusters <= 200:
         table = contingency(split.labels, found.test, len(data.classes), clusters)
         order = np.lexsort((-table.max(0), table.argmax(0)))       # clusters beside their class
         share = table[:, order] / table.sum(1, keepdims=True).clip(1)
         save_picture(folder / "confusion.png", heatmap(
-            share, rows=data.classes if len(data.classes) <= 32 else None, limit=1,
-            columns=order.tolist() if clusters <= 32 else None,
+            share, data.classes if len(data.classes) <= 32 else (), limit=1,
             title="share of each class (row) in each cluster (column)"))
 
 
@@ -1512,3 +1680,29 @@ def save_sheets(folder, data, found, clusters):
               f"Look at {folder / 'sheets'}, then at {folder / 'clusters.csv'}."]
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))
+
+
+def save_curves(path, log, width=320, height=120):
+    """A small panel for each loss term and gauge of the log, epoch by epoch."""
+    names = [k for k in dict.fromkeys(k for r in log for k in r) if k not in ("epoch", "seconds")]
+    panels, font = [], ImageFont.load_default(11)
+    for name in names:
+        points = [(r["epoch"], r[name]) for r in log if isinstance(r.get(name), (int, float))]
+        if not points:
+            continue
+        panel = Image.new("RGB", (width, height), "white")
+        pen, values = ImageDraw.Draw(panel), [v for _, v in points]
+        low, high = min(values), max(values)
+        xy = [(6 + (e - log[0]["epoch"]) / max(1, len(log) - 1) * (width - 12),
+               height - 8 - (v - low) / max(high - low, 1e-12) * (height - 34)) for e, v in points]
+        pen.line(xy, fill="steelblue", width=2)
+        for x, y in xy if len(xy) <= 20 else ():
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="steelblue")
+        pen.text((6, 3), f"{name.replace('_', ' ')}: {low:.4g} to {high:.4g}, at last "
+                 f"{values[-1]:.4g}", fill="black", font=font)
+        panels.append(panel)
+    rows = [beside(*panels[i:i + 3]) for i in range(0, len(panels), 3)]
+    sheet = Image.new("RGB", (3 * (width + 8), len(rows) * (height + 8)), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, i * (height + 8)))
+    save_picture(path, sheet)

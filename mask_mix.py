@@ -3,130 +3,97 @@ r"""Mask-mix: random image masking and in-batch feature mixing for self-supervis
 After: Guiyu Li, Jun Yin. Random image masking and in-batch feature mixing for self-supervised
 learning. Expert Systems with Applications 264 (2025) 125898. doi 10.1016/j.eswa.2024.125898
 
-This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written, so
-no formula here is quoted and no figure of the paper is claimed; what we chose is numbered (D1...).
-Someone with the paper at hand should be able to correct one function and keep the rest.
+This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
+no formula here is quoted and no figure of the paper is claimed. What we chose is numbered (D1...).
+Someone with the paper at hand should be able to correct one function and keep the others.
 
-The idea. BYOL learns without negative pairs: from one view an online network predicts what a slowly
-moving target network says about the other view. Two additions make its positives harder. Masking:
-the online network sees a view with a random part of its cells erased and still has to predict the
-target of the complete other view. Mixing: the features of two images of the batch are mixed, and
-the prediction of this virtual sample has to lie between the targets of both.
+The idea. BYOL pushes no images apart: from one view of an image an online network predicts what a
+slowly moving target network says about another view. Two additions make these positives (pairs that
+have to agree) harder. Masking: the online network sees some views with a random part of their cells
+erased, and still has to predict the target of the complete other view. Mixing: the features of two
+images are mixed, and the prediction of this virtual sample has to lie between both targets.
 
-             v1, masked: u1 -> f ----------------> g -> q -> p   meets t2             L_m
-           /
-    image -- v1 -> f -> h1 ----------------------> g -> q -> p   meets t2             L_g
-          |              + h1 of an image pi ----> g -> q -> p   meets t2 and t2[pi]  L_f
-           \
-             v2 -> f' -> g' -> t2, no gradient                   and all with 1 <-> 2
+             v1, or masked: u1 -> f -> h1 -------------------> g -> q -> p  meets t2             L_g
+           /                            \ mixed, h1 of pi -> g -> q -> p  meets t2, t2 of pi  L_f
+    image <
+           \ v2 -> f' -> g' -> t2, no gradient                        and all with 1 <-> 2
 
     what the abstract says                            what stands here
-    meaningful representations without negatives      BYOL: predictor, moving target (--base)
-    two views stress global invariance; positives     two additions, each can be switched off:
-      more intricate, in image and feature space        --mask-weight 0, --mix-weight 0
-    random masking of images: local information is    random_mask, of the online network's input
-      lost, the model learns from what is left
-    virtual positives by mixing within the batch,     mix_features, mixed_regression_loss
-      in feature space
-    classification and detection downstream           kNN, linear probe; detection is not written
+    meaningful representations without negatives      BYOL: predictor, moving target
+    positives more intricate than two random views,   two additions, each can be switched off:
+      in image and feature space                        --mask-share 0, --mix-weight 0
+    random masking: local information is lost, the    random_mask, of the online network's input
+      model learns from what is left
+    virtual positives by mixing within the batch      mix_features, mixed_regression_loss
+    classification and detection downstream           kNN, linear probe; --detect
 
-    symbol      in the code         shape           meaning
-    v           v = [x1; x2]        2B x 3 x H x W  complete views
-    u           u                   2B x 3 x H x W  masked views
-    h           h                   2B x 8w         backbone features: what is evaluated
-    z, p        z, p                2B x 256        projections g(h), predictions q(g(h))
-    t           t                   2B x 256        targets g'(f'(v)), those of the other view
-    lam, pi     lam, partner        2B              share of an image in its mix, its partner
-    m           momentum()                          of the target: --ema at first, 1 at the end
-    w_m, w_f    --mask-weight, --mix-weight         L = (L_g + w_m L_m + w_f L_f) / (1 + w_m + w_f)
+    symbol    in the code        shape            meaning
+    v         v = [x1; x2]       2B x 3 x H x W   complete views
+    u         u = [u1; u2]       2B x 3 x H x W   the same views, a random half of them masked
+    f, g, q   Network                             backbone, projector, predictor; ' is the target
+    h         h                  2B x 8w          backbone features of u, w = --width: evaluated
+    z, p      p                  2B x 256         projections g(h), predictions q(g(h))
+    t         t                  2B x 256         targets g'(f'(v)) of the other view
+    lam, pi   lam, partner       B                an image's share in its mix; the other image
+    m         m                                   weight of the old target in its moving average
+    L_g, L_f  byol, mix in logs                   BYOL's loss, that of the mixed samples
+    w_f       --mix-weight                        L = (L_g + w_f L_f) / (1 + w_f)
 
 Differences from the paper, as far as they can be known: choices of ours
-    D1  The base is BYOL; --base simsiam takes the online network itself as the target.
-    D2  Masked views go through the online network only. Targets always come from complete views.
-    D3  Masks: an 8 x 8 grid at every image size, exactly round(.3 * 64) = 19 cells erased, filled
-        with the mean colour. Black would be a mark that the network could learn to look for.
-    D4  Mixed are the backbone's features, before the non-linear head: after the last linear layer
-        linearity would make mixing trivial. lam ~ Beta(1, 1), folded to [.5, 1], one each;
-        lam and pi are the same for both views.
-    D5  Views: crop, flip, colour jitter, grey; no blur. Optimizer and schedule are ours.
-    D6  BatchNorm: complete, masked and mixed samples are separate batches, so L_g is BYOL's own at
-        any weights; the two views are one batch. The target normalises by its own batches and keeps
-        its own running statistics. Before the evaluation those are estimated anew on complete
-        training images. The projector ends in one without scale and shift, as SimSiam's: targets
-        are centred, so that a constant prediction is a poor one.
-    D7  One predictor for all three kinds of samples; --separate-predictors gives each its own.
-    D8  Detection, the abstract's second task, is not here.
+    D1  The base is BYOL; one predictor serves complete, masked and mixed samples.
+    D2  Masking replaces a view of the online network, with probability --mask-share, and so costs
+        no second pass. Targets always come from complete views.
+    D3  Mixed are the backbone's features, before the non-linear head.
+    D4  BatchNorm: the online network normalises complete and masked views in one batch of 2B, mixed
+        samples in another (g and q only). The target normalises complete views only.
+    D5  Views, head, grid, share of erased cells, lam, w_f, optimizer and schedule are ours.
 
-    python mask_mix.py                       # shapes, on a laptop
-    python mask_mix.py --dataset cifar10     # meant for one GPU; not run
-
-    shapes, test, seeds 0, 1, 2     ACC          NMI          ARI          kNN          linear
-    raw pixels                      .176         .067         .022         .706
-    random network                  .188         .075         .029         .434         .542
-    mask_mix                     .665 +- .147 .773 +- .063 .603 +- .128 .900 +- .032 .980 +- .011
-    and kNN of test images with 30 % of their cells erased: .852 +- .034; raw pixels .648, random
-    .320. The settings were chosen by the kNN of other drawings of the same kind; but --lr, raised
-    from .1 when seed 2 had started late.
-
-    --lr .1, seeds 0, 1, 2                  kNN             kNN, erased     min, one core
-    --mask-weight 0 --mix-weight 0, BYOL    .815 .937 .896  .406 .561 .450  2.4
-    --mix-weight 0, + masking               .907 .911 .844  .880 .889 .817  4.4
-    --mask-weight 0, + mixing               .933 .920 .935  .547 .484 .469  2.6
-    both                                    .957 .915 .604  .922 .880 .564  4.7
-    BYOL, --epochs 28, as many passes       .989 .992 .986  .637 .653 .596  4.2
-
-Masking lets the features see through masks: the one large effect. On complete images mixing helps a
-little and costs little; at equal compute plain BYOL, trained for longer, is ahead of all.
-Note: BYOL starts late, and how late depends on the seed: until then `byol` lies near `constant`
-(both, seed 2: until epoch 9 of 16). A larger --lr, a faster target (--ema .7) and mostly grey views
-start it sooner; with 60 % grey views it learns colours instead.
+    python mask_mix.py                                 # ten kinds of shapes, on a laptop
+    python mask_mix.py --dataset cifar10               # 200 epochs, meant for one GPU: not run
+    python mask_mix.py --detect runs/mask_mix-shapes-seed0    # detection; --against OTHER_RUN
 """
 import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw
 from torch import nn
+from torch.optim.swa_utils import update_bn
+from torchvision import ops, utils
+from torchvision.models.detection import FasterRCNN, anchor_utils, backbone_utils
 
-from common import (Clock, Meter, Parser, Run, autocast, baselines, batches, check_sizes,
-                    color_jitter, cosine_lr, describe, embed, evaluate, fast_dtype, fetch,
-                    generator, grid, knn_accuracy, load_dataset, normalise, number, pick_device,
-                    pixel_features, pixel_statistics, print_scores, random_grayscale,
-                    random_resized_crop, resnet18, run_script, save_picture, save_views, set_lr,
-                    step, subset, to_device)
+from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError, autocast,
+                    baselines, batches, color_jitter, cosine_lr, describe, embed, embed_both,
+                    evaluate, fast_dtype, fetch, generator, grid, knn_accuracy, knn_gauge,
+                    load_checked, normalise, number, one_line, pick_device, pixel_statistics,
+                    prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
+                    run_script, save_picture, save_views, set_lr, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
+#
+# What prevents collapse? Nothing in the loss does: equal outputs for all images would make it 0.
+# But the target receives no gradient, it follows the online network slowly, and only the online
+# network has a predictor q. With these three a constant output is not where training ends up.
 
 
 def regression_loss(p, t):
     """L = 1/B sum_b D(p_b, t_b),  D(p, t) = 2 - 2 <p, t> / (||p|| ||t||)
 
-    p: (B, D) predictions, t: (B, D) targets, any scale, pass t without gradient. Lower is better:
+    p: (B, D) predictions, t: (B, D) targets, any scale; pass t without gradient. Lower is better:
     0 where all directions agree, 2 where they are orthogonal, 4 where they are opposite."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
-
-
-def random_mask(images, ratio, grid, generator, fill=0.):
-    """u = images with round(ratio grid^2) of grid x grid cells erased: `fill` in all channels.
-
-    images: (B, C, H, W). fill: their mean colour, 0 for normalised ones; black would be a mark of
-    its own. Every image draws its own cells, and exactly that many. generator: a CPU one.
-    -> (B, C, H, W), all other pixels bit for bit as they were."""
-    b, _, height, width = images.shape
-    erased = torch.rand(b, grid * grid, generator=generator).argsort(1) < round(ratio * grid * grid)
-    cells = erased.view(b, 1, grid, grid).to(images.device, non_blocking=True)
-    row, column = (torch.arange(n, device=images.device) * grid // n for n in (height, width))
-    return torch.where(cells[:, :, row][..., column], torch.as_tensor(fill).to(images), images)
 
 
 def mix_features(h, lam, partner):
     """m_b = lam_b h_b + (1 - lam_b) h_partner(b)
 
     h: (B, D) features, lam: (B,) in [0, 1], partner: (B,) a permutation. -> (B, D) virtual samples.
-    lam = 1, or every image its own partner, changes nothing."""
+    Use it before a non-linear head (D3). Behind the last linear layer linearity would make the
+    prediction of a mix the mix of the predictions, and there would be nothing to learn."""
     return lam[:, None] * h + (1 - lam)[:, None] * h[partner]
 
 
@@ -144,76 +111,78 @@ def mixed_regression_loss(p, t, lam, partner):
 
 @torch.no_grad()
 def ema_update(target, online, m):
-    """target <- m target + (1 - m) online, for every parameter of two networks of the same shape.
-
-    m in [0, 1]; 1 leaves the target as it is. Buffers are left alone: the target's BatchNorm counts
-    its own batches."""
+    """target <- m target + (1 - m) online, for every parameter of the target. Its buffers are left
+    alone: the target's BatchNorm counts its own batches."""
     for old, new in zip(target.parameters(), online.parameters()):
         old.lerp_(new, 1 - m)
-
-
-def momentum(step, steps, base=.99):
-    """m = 1 - (1 - base) (cos(pi s / S) + 1) / 2: from base at step 0 to 1 at the end."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. The network
 
-def mlp(features, hidden, out):
-    return nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-                         nn.Linear(hidden, out))
-
-
 class Network(nn.Module):
-    """Backbone f, projector g, predictors q. Images (B, 3, H, W) -> projections (B, 256).
+    """Backbone f, projector g, predictor q. Images (B, 3, H, W) -> projections z (B, 256)
 
-    predictors: 0 for a target, 1 shared by all kinds of samples, or 3: complete, masked, mixed."""
+    The projector ends in a BatchNorm without scale and shift. So the targets are centred, and a
+    prediction that ignores its input is a poor one."""
 
-    def __init__(self, backbone, features, predictors, hidden=1024, dim=256):
+    def __init__(self, backbone, features, hidden=1024, dim=256):
         super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(features, hidden, dim).append(nn.BatchNorm1d(dim, affine=False))
-        self.predictors = nn.ModuleList(mlp(dim, hidden, dim) for _ in range(predictors))
 
-    def predict(self, h, kind):
-        """Features (B, D) -> predictions q(g(h)) (B, 256). kind: 0 complete, 1 masked, 2 mixed."""
-        return self.predictors[min(kind, len(self.predictors) - 1)](self.projector(h))
+        def mlp(inputs):
+            return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                 nn.Linear(hidden, dim))
+        self.backbone = backbone
+        self.projector = mlp(features).append(nn.BatchNorm1d(dim, affine=False))
+        self.predictor = mlp(dim)
 
     def forward(self, x):
         return self.projector(self.backbone(x))
 
 
-def make_target(online):
-    """A copy of backbone and projector that no gradient reaches; it moves by ema_update alone."""
-    target = copy.deepcopy(online)
-    target.predictors = nn.ModuleList()
-    return target.requires_grad_(False)
-
-
 # ------------------------------------------------------------------------------------------------
-# 3. The views
+# 3. The views and masks
 
-def make_views(size, crop, jitter, gray, statistics):
-    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D5)"""
+def random_mask(images, ratio, cells, generator, share=1., fill=0.):
+    """u = images with round(ratio cells^2) of cells x cells squares erased, in all channels.
+
+    images: (B, C, H, W) -> the same shape. Every image is masked with probability `share` and draws
+    its own squares, exactly that many. generator: a CPU one. fill: what is put there; 0 is the mean
+    colour of normalised images. Black would be a mark that the network could learn to look for."""
+    b, _, height, width = images.shape
+    erased = torch.rand(b, cells**2, generator=generator).argsort(1) < round(ratio * cells**2)
+    erased &= torch.rand(b, 1, generator=generator) < share
+    erased = erased.view(b, 1, cells, cells).to(images.device, non_blocking=True)
+    row, column = (torch.arange(n, device=images.device) * cells // n for n in (height, width))
+    return torch.where(erased[:, :, row][..., column], torch.as_tensor(fill).to(images), images)
+
+
+def make_views(args, statistics):
+    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> x1, x2, u1, u2, lam
+
+    x1, x2: complete views; u1, u2: what the online network sees of them; lam (B,). All is drawn
+    here, for many batches at once: a training step has nothing to draw and nothing to wait for."""
+    s = args.jitter
+
     def view(x, rng):
-        x = random_resized_crop(x, size, (crop, 1), rng)           # and flip, p .5
-        x = color_jitter(x, .8 * jitter, .8 * jitter, .8 * jitter, .2 * jitter, rng, p=.8)
-        return normalise(random_grayscale(x, gray, rng), statistics)
-    return lambda x, rng: (view(x, rng), view(x, rng))
+        x = random_resized_crop(x, (args.crop, 1), rng)            # and flip, p .5
+        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        return normalise(random_grayscale(x, args.gray, rng), statistics)
 
-
-def draw_mixing(n, alpha, rng):
-    """-> lam (n,) ~ Beta(alpha, alpha), folded so that an image keeps at least half of itself (else
-    its partner's mix would be drawn twice), and partner (n,), a permutation. Mean lam .75."""
-    seed = torch.randint(2**31, (1,), generator=rng).item()
-    lam = torch.from_numpy(np.random.default_rng(seed).beta(alpha, alpha, n)).float()
-    return torch.maximum(lam, 1 - lam), torch.randperm(n, generator=rng)
+    def make(x, rng):
+        complete = view(x, rng), view(x, rng)
+        online = (random_mask(v, args.mask_ratio, args.mask_grid, rng, args.mask_share)
+                  for v in complete)
+        lam = 1 - torch.rand(len(x), generator=rng) / 2            # in (.5, 1]: an image dominates
+        return *complete, *online, lam.to(x.device, non_blocking=True)
+    return make
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. Hyper-parameters
 
+# A short run needs a target and a predictor that move fast: otherwise L_g stays near `constant` for
+# most of it (see losses). It needs grey views, or it learns to tell images apart by their colours.
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
     "shapes": dict(epochs=16, batch_size=64, width=16, stem_stride=2, crop=.5, jitter=.8, gray=.9,
                    lr=.2, ema=.7, predictor_lr=5.),
@@ -221,245 +190,350 @@ DEFAULTS = {                              # per dataset, where they differ from 
 
 
 def parse(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    # The same in all four scripts.
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, cifar20, fashion-mnist, "
-        "stl10, tiny-imagenet, imagenet10, imagenet-dogs, or the path of a folder of images")
-    add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
-        "imagenet-dogs the ImageNet folder")
-    add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's own")
-    add("--train-size", type=number(int, 2), help="learn from this many images, a balanced part")
-    add("--clusters", type=number(int, 2), help="clusters to report; else the number of classes")
-    add("--epochs", type=number(int, 1), default=200, help="passes over the training images")
+    parser = Parser(__doc__, epochs=200)
+    add = parser.training
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
-    add("--lr", type=number(float, 0, above=True), default=.1, help="peak learning rate")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
-    add("--width", type=number(int, 1, 512), default=64, help="channels of ResNet-18's first stage")
-    add("--stem-stride", type=number(int, 1, 2), default=1, help="2: a cheaper stem for laptops")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
-    add("--compile", action="store_true", help="torch.compile the network; slower to start")
-    # The method's own.
-    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
-    add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
-    add("--base", choices=("byol", "simsiam"), default="byol", help="simsiam: no moving target")
-    add("--ema", type=number(float, 0, 1), default=.99, help="m of the target at first; 1 at last")
+    add("--lr", type=number(float, 0, above=True), default=.1, help="peak learning rate, of SGD")
     add("--predictor-lr", type=number(float, 0, above=True), default=1., help="of q, times --lr")
-    add("--mask-weight", type=number(float, 0), default=1., help="w_m, weight of L_m; 0: none")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
+    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
+        "area of an image that a view shows")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="s: colour jitter .8s .8s .8s .2s")
+    add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
+    add = parser.method
+    add("--ema", type=number(float, 0, 1), default=.99, help="m of the target at first; 1 at last")
+    add("--mask-share", type=number(float, 0, 1), default=.5, help="probability of a masked view")
     add("--mask-ratio", type=number(float, 0, 1), default=.3, help="share of the cells erased")
     add("--mask-grid", type=number(int, 1, 64), default=8, help="cells across an image, and down")
-    add("--mix-weight", type=number(float, 0), default=1., help="w_f, weight of L_f; 0: none")
-    add("--mix-alpha", type=number(float, 0, above=True), default=1., help="lam ~ Beta(a, a)")
-    add("--separate-predictors", action="store_true", help="one for each kind of sample (D7)")
-    dataset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**DEFAULTS.get(dataset, {}))
-    return parser.parse_args(argv)
+    add("--mix-weight", type=number(float, 0), default=1., help="w_f, weight of L_f; 0: no mixing")
+    add = parser.add_argument_group("detection, in place of training").add_argument
+    add("--detect", metavar="RUN", help="the run folder whose backbone a detector is trained on, "
+        "beside a random one; writes to --out, else to RUN")
+    add("--against", metavar="RUN", help="with --detect: another run to compare with")
+    args = parser.parse(argv, DEFAULTS)
+    if args.against and not args.detect:
+        parser.error("--against needs --detect")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. Training
 
-def losses(online, target, v, args, rng):
-    """Complete views v (2B, 3, H, W), x1 above x2 -> L, its terms, z: the algorithm in one place.
-
-    target: a network, or None: the online one (simsiam). Means over 2B are 1/2 [... + ...]."""
-    half, device, p = len(v) // 2, v.device, {}
-    with autocast(device):
-        h = online.backbone(v)                                                  # 2Bx8w
-        z = online.projector(h)                                                 # 2Bx256
-        p["byol"] = online.predictors[0](z)
+def losses(online, target, v, u, lam, args):
+    """Complete views v and online views u (2B, 3, H, W), those of x1 above those of x2, lam (B,)
+    -> L, {its terms and gauges}: the algorithm in one place. Means over 2B are 1/2 [... + ...]."""
+    b = len(lam)
+    lam = lam.repeat(2)                                            # 2B, the same for both views
+    # The batch is in random order, so the image before an image is a random partner.
+    partner = torch.arange(2 * b, device=v.device).view(2, b).roll(1, 1).flatten()
+    with autocast(v.device):
         with torch.no_grad():                                      # targets of COMPLETE views only
-            t = z.detach() if target is None else target(v)                     # 2Bx256
-        if args.mask_weight:
-            u = random_mask(v, args.mask_ratio, args.mask_grid, rng)
-            p["mask"] = online.predict(online.backbone(u), 1)
-        if args.mix_weight:
-            lam, partner = (x.to(device) for x in draw_mixing(half, args.mix_alpha, rng))
-            lam, partner = lam.repeat(2), torch.cat([partner, partner + half])
-            p["mix"] = online.predict(mix_features(h.float(), lam, partner), 2)
-    t = t.float().roll(half, 0)                                    # t2 above t1: the OTHER view
-    terms = {"byol": regression_loss(p["byol"].float(), t)}
-    loss = terms["byol"]
-    if args.mask_weight:
-        terms["mask"] = regression_loss(p["mask"].float(), t)
-        loss = loss + args.mask_weight * terms["mask"]
-    if args.mix_weight:
-        terms["mix"] = mixed_regression_loss(p["mix"].float(), t, lam, partner)
-        loss = loss + args.mix_weight * terms["mix"]
-    return loss / (1 + args.mask_weight + args.mix_weight), terms, z.detach()
-
-
-def gauges(z):
-    """What to watch, from embeddings z (B, D) made unit length:
-
-    spread     their standard deviation times sqrt(D): 1 for directions all around, 0 when all are
-               the same, the collapse of methods without negatives
-    constant   2 - 2 ||mean||: what byol comes to when the prediction ignores its input. Above or
-               near it nothing is being learned, however steadily the loss falls"""
-    z = F.normalize(z.float(), dim=1)
-    return {"spread": z.std(0).mean() * z.shape[1] ** .5, "constant": 2 - 2 * z.mean(0).norm()}
+            t = target(v).float().roll(b, 0)                       # t2 above t1: the OTHER view
+        h = online.backbone(u)                                                  # 2Bx8w
+        mixed = mix_features(h.float(), lam, partner)
+        p, p_mix = (online.predictor(online.projector(x)).float() for x in (h, mixed))
+    l_g = regression_loss(p, t)
+    l_f = mixed_regression_loss(p_mix, t, lam, partner)
+    loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
+    # What L_g comes to when the prediction ignores its input. While L_g is near it nothing is being
+    # learned, however steadily the loss falls. It is 0 when all targets are the same: a collapse.
+    constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
+    return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
 
 @torch.no_grad()
-def reestimate_batchnorm(net, images, index, statistics, device, batch_size=512):
-    """Running statistics from complete, un-augmented images[index] alone: those of training count
-    erased cells and mixed features too, which no evaluated image has (D6)."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None                                       # a plain mean over the batches
-    batch_size = min(batch_size, len(index))
-    for part in index[:len(index) // batch_size * batch_size].split(batch_size):
-        with autocast(device):
-            h = net.backbone(normalise(fetch(images, part, device), statistics))
-            net.predict(h, 2) if net.predictors else net.projector(h)
-    for norm in norms:
-        norm.momentum = .1
+def erased_knn(backbone, data, statistics, args, device):
+    """kNN accuracies of erased test images; complete training images vote. First with the mask of
+    training, then with another grid, share and fill: ten of 5 x 5 cells, in a random colour."""
+    rng, test, seen = generator(args.seed, 0, "erased"), data.test.images, data.train.labels >= 0
+    bank = embed(backbone, data.train.images[seen], statistics, device)
+    colour = torch.randint(256, (len(test), 3, 1, 1), generator=rng)
+    for mask in ((args.mask_ratio, args.mask_grid, 255 * statistics[0]), (.4, 5, colour)):
+        erased = random_mask(test, *mask[:2], rng, fill=mask[2])
+        queries = embed(backbone, erased, statistics, device)
+        yield knn_accuracy(bank, data.train.labels[seen], queries, data.test.labels)[0]
 
 
 @torch.no_grad()
-def masked_knn(backbones, data, statistics, seed, device):
-    """kNN of TEST images with 30 % of their cells erased, whatever was trained with; the bank is
-    complete. backbones: {name: function of uint8 images -> features} -> {name: accuracy}"""
-    fill, seen = (statistics[0] * 255).round().byte(), data.train.labels >= 0
-    masked = random_mask(data.test.images, .3, 8, generator(seed, 0, "masked test"), fill)
-    return {name: knn_accuracy(features(data.train.images[seen]), data.train.labels[seen],
-                               features(masked), data.test.labels)
-            for name, features in backbones.items()}
-
-
-@torch.no_grad()
-def mixing_picture(online, target, images, views, args, statistics, device):
-    """A row for each of six training images: a view, then masked; both sources of a virtual sample,
-    with their shares; the four training images whose targets are nearest to its prediction."""
-    mean, std = (s.to(device) for s in statistics)
-    rng = generator(args.seed, 0, "mixing picture")
+def mixing_picture(online, target, images, statistics, seed, device):
+    """Six rows, lam = 1, .9, ..., .5 from top to bottom: a training image, its partner, and the
+    four training images whose targets are nearest to the prediction of their mix."""
+    rng, lam = generator(seed, 0, "mixing picture"), torch.linspace(1, .5, 6, device=device)
     some = torch.randperm(len(images), generator=rng)[:6]
-    raw, partner = fetch(images, some, device), torch.arange(len(some)).roll(1).to(device)
-    v = views(raw, rng)[0]
-    u = random_mask(v, args.mask_ratio, args.mask_grid, rng)
-    lam = draw_mixing(len(some), args.mix_alpha, rng)[0].to(device)
+    raw, partner = fetch(images, some, device), torch.arange(len(some), device=device).roll(1)
     h = embed(online.backbone, images[some], statistics, device)
     online.eval()
-    p = online.predict(mix_features(h, lam, partner), 2)
-    t = embed(target or online, images, statistics, device)                     # Nx256
+    p = online.predictor(online.projector(mix_features(h, lam[:len(some)], partner)))
+    t = embed(target, images, statistics, device)
     nearest = (F.normalize(p, dim=1) @ F.normalize(t, dim=1).t()).topk(min(4, len(t)), 1).indices
-    near = fetch(images, nearest.cpu(), device)                                 # Bx4x3xHxW
-    rows = torch.cat([torch.stack([v * std + mean, u * std + mean, raw, raw[partner]], 1), near], 1)
-    sheet = grid(rows.flatten(0, 1), rows.shape[1], side=64)
-    pen = ImageDraw.Draw(sheet)
-    for i, share in enumerate(lam.tolist()):
-        names = ["view", "masked", f"{share:.2f} of", f"{1 - share:.2f} of"]
-        names += [f"nearest {j + 1}" for j in range(nearest.shape[1])]
-        for j, name in enumerate(names):
-            x, y = 2 + 66 * j, 2 + 66 * i
-            pen.rectangle((x, y, x + pen.textlength(name) + 3, y + 12), fill="black")
-            pen.text((x + 2, y), name, fill="white")
-    return sheet
+    rows = torch.cat([torch.stack([raw, raw[partner]], 1), fetch(images, nearest.cpu(), device)], 1)
+    return grid(rows.flatten(0, 1), rows.shape[1], side=64)
 
 
+@torch.no_grad()
 def report(args, run, data, online, target, untrained, index, clusters, statistics, views, device):
-    """Scores of the frozen backbone beside two baselines; complete and masked images; pictures."""
-    images = data.train.images
+    """Scores of the frozen backbone beside two baselines, complete and erased images; pictures."""
+    images, table = data.train.images, {}
     for net in (online, target):
-        if net is not None:
-            reestimate_batchnorm(net, images, index, statistics, device)
-    table = baselines(data, untrained, statistics, clusters, args.seed, index, device)
-    train_h = embed(online.backbone, images, statistics, device)
-    test_h = train_h
-    if data.has_test:
-        test_h = embed(online.backbone, data.test.images, statistics, device)
-    table["mask_mix"], found = evaluate(train_h, test_h, data, clusters, args.seed, index)
+        # BatchNorm's running statistics, from complete images alone. Those of training count erased
+        # cells and mixed features too, which no evaluated image has.
+        parts = index.chunk(max(1, len(index) // 512))
+        complete = (normalise(fetch(images, part, device), statistics) for part in parts)
+        with autocast(device):
+            update_bn(complete, nn.Sequential(net, net.predictor))
+    train_h, test_h = embed_both(online.backbone, data, statistics, device)
+    scores, found = evaluate(train_h, test_h, data, clusters, args.seed, index)
     if data.classes:
+        table = baselines(data, untrained, statistics, clusters, args.seed, index, device)
+        table["mask_mix"] = scores
         print_scores(table, data)
     if data.classes and data.has_test:
-        scores = masked_knn({"raw pixels": lambda x: pixel_features(x, device),
-                             "random network": lambda x: embed(untrained, x, statistics, device),
-                             "mask_mix": lambda x: embed(online.backbone, x, statistics, device)},
-                            data, statistics, args.seed, device)
-        for name, score in scores.items():
-            table[name]["knn_masked"] = score
-        print("  knn, test images with 30 % of their cells erased: " +
-              ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+        for name, net in zip(table, (nn.Flatten(), untrained, online.backbone)):
+            same, other = erased_knn(net, data, statistics, args, device)
+            table[name].update(knn_erased=same, knn_erased_otherwise=other)
+            print(f"  kNN of erased test images, {name}: {same:.3f} erased as in training, "
+                  f"{other:.3f} otherwise")
     save_picture(run.folder / "mixing.png", mixing_picture(
-        online, target, images, views, args, statistics, device))
-    raw, rng = fetch(images, index[:8], torch.device("cpu")), generator(args.seed, 0, "picture")
-    fed = views(raw, rng)
-    if args.mask_weight:
-        fed += tuple(random_mask(x, args.mask_ratio, args.mask_grid, rng) for x in fed)
+        online, target, images, statistics, args.seed, device))
+    raw = fetch(images, index[:8], torch.device("cpu"))
+    fed = views(raw, generator(args.seed, 0, "picture"))[:4]
     save_views(run.folder / "views.png", raw, fed, statistics)
-    run.finish(table, online.backbone, found)
+    run.finish(table, online.backbone, found, statistics)
 
 
 def train(args):
     # 1. The data, checked before anything is written.
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    n = len(data.train.images)
-    index = subset(data.train.labels, n, 1, args.train_size, args.seed)
-    clusters, size = check_sizes(args, data, len(index)), data.train.images.shape[-1]
+    device, data, index, clusters = prepare(args, DEFAULTS)
+    size = data.train.images.shape[-1]
     with Run(args, "mask_mix", data) as run:
         # 2. Networks and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
         backbone = resnet18(size, args.width, args.stem_stride)
-        online = Network(backbone, 8 * args.width, 3 if args.separate_predictors else 1).to(device)
-        target = make_target(online) if args.base == "byol" else None
+        online = Network(backbone, 8 * args.width).to(device)
+        target = copy.deepcopy(online).requires_grad_(False)       # only ema_update moves it
+        target.predictor = nn.Identity()
         untrained = copy.deepcopy(online.backbone)                 # a baseline of the report
-        rest = [*online.backbone.parameters(), *online.projector.parameters()]
-        optimizer = torch.optim.SGD(
-            [{"params": rest}, {"params": online.predictors.parameters(),
-                                "factor": args.predictor_lr}],
-            args.lr, momentum=.9, weight_decay=args.weight_decay, fused=True)
+        slow = [*online.backbone.parameters(), *online.projector.parameters()]
+        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}
+        optimizer = torch.optim.SGD([{"params": slow}, fast], args.lr, momentum=.9,
+                                    weight_decay=args.weight_decay, fused=True)
         images = to_device(data.train.images, device)
         statistics = pixel_statistics(data.train.images)
-        views = make_views(size, args.crop, args.jitter, args.gray, statistics)
-        nets = {"online": online} if target is None else {"online": online, "target": target}
-        saved = run.load()
-        if saved:
-            for name, net in nets.items():
-                net.load_state_dict(saved[name])
-            optimizer.load_state_dict(saved["optimizer"])
-        if args.compile:
-            for net in nets.values():
-                net.backbone.compile()
+        views = make_views(args, statistics)
+        run.restore(online=online, target=target, optimizer=optimizer)
+        for net in (online, target) if args.compile else ():
+            net.backbone.compile()
         print(f"mask_mix on {data.name}: {len(index):,} images, {describe(backbone, size)}; "
               f"{device}, {fast_dtype(device)}; {run.folder}")
         # 3. Epochs.
         per_epoch = len(index) // args.batch_size
-        steps, clock = per_epoch * args.epochs, Clock(device)
+        steps = per_epoch * args.epochs
         for epoch in range(run.epoch, args.epochs):
-            meter = Meter(f"mask_mix, epoch {epoch + 1}", optimizer, per_epoch)
+            meter = Meter(f"mask_mix, epoch {epoch + 1}", per_epoch)
             rng = generator(args.seed, epoch, "views")
-            own = generator(args.seed, epoch, "masks and mixes")   # views do not depend on weights
-            for i, (_, x1, x2) in enumerate(
-                    batches(images, index, args.batch_size, views, rng, device, clock)):
+            for i, (_, x1, x2, u1, u2, lam) in enumerate(
+                    batches(images, index, args.batch_size, views, rng, device)):
                 at = epoch * per_epoch + i
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 20))
-                loss, terms, z = losses(online, target, torch.cat([x1, x2]), args, own)
-                step(optimizer, loss)
-                if target is not None:
-                    ema_update(target, online, momentum(at, steps, args.ema))
-                meter.add(loss=loss, **terms, **gauges(z))
+                v, u = torch.cat([x1, x2]), torch.cat([u1, u2])                 # 2Bx3xHxW each
+                loss, terms = losses(online, target, v, u, lam, args)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                m = 1 - (1 - args.ema) * cosine_lr(at, steps)      # from --ema to 1
+                ema_update(target, online, m)
+                meter.add(loss=loss, **terms)
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
-            run.end_epoch(record, per_epoch * args.batch_size, clock, optimizer, {
-                **{name: net.state_dict() for name, net in nets.items()},
-                "optimizer": optimizer.state_dict()})
-            if record["spread"] < .1:
-                print(f"WARNING: collapse: all embeddings are nearly the same "
-                      f"(spread {record['spread']:.3f})")
-        # 5. The report. Labels are used from here on and never before.
+            record.update(knn_gauge(online.backbone, data, index, statistics, device, epoch, args))
+            run.end_epoch(record, per_epoch * args.batch_size, online=online, target=target,
+                          optimizer=optimizer)
+            if record["constant"] < .05:
+                print("WARNING: collapse: all targets are nearly the same")
+        # 5. The report. Labels are used from here on and never before, except for the gauge knn.
         report(args, run, data, online, target, untrained, index, clusters, statistics, views,
                device)
 
 
+# ------------------------------------------------------------------------------------------------
+# 6. Detection, the second task of the abstract
+#
+# Does the backbone help a detector? torchvision's Faster R-CNN learns to find shapes in scenes: on
+# this backbone, on another run's (--against) and on an untrained one, with the same scenes and the
+# same schedule. All layers are trained, BatchNorm too: what torchvision freezes by default suits
+# supervised ImageNet weights only. To go on to photographs, put torchvision.datasets.VOCDetection
+# in place of draw_scenes, and 480 for SIDE.
+
+KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # SIDE: of a scene, in pixels
+SCHEDULES = {100: 30, 1000: 6}                            # {scenes to learn from: epochs}
+
+
+def draw_scenes(n, side, seed):
+    """n scenes of one to four shapes of different sizes, each in a quarter of its own. Colour,
+    place, rotation, background and noise vary as in the dataset shapes; its images are not used.
+
+    -> images (n, 3, side, side) uint8, and for each {'boxes': (m, 4) float, x1 y1 x2 y2 in pixels,
+    'labels': (m,) from 1: 0 is the detector's background}"""
+    rng, truth = np.random.default_rng(seed), []
+    images = np.empty((n, 3, side, side), np.float32)
+    x, y = np.meshgrid(np.arange(side) + .5, np.arange(side) + .5)
+    for image in images:
+        back, slope = rng.uniform(0, .6, (3, 1, 1)), rng.uniform(-.05, .05, (2, 3, 1, 1))
+        image[:] = back + slope[0] * (x / side - .5) + slope[1] * (y / side - .5)
+        shapes = []
+        for quarter in rng.permutation(4)[:rng.integers(1, 5)]:
+            radius, angle = side * rng.uniform(.07, .19), rng.uniform(-.35, .35)
+            reach = 1.25 * radius                         # no outline is farther out
+            corner = side / 2 * np.array(divmod(quarter, 2))
+            cx, cy = corner + rng.uniform(reach, side / 2 - reach, 2)
+            u, v = (x - cx) / radius, (y - cy) / radius
+            u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
+            kind, fore = rng.integers(len(KINDS)), rng.uniform(.3, 1, (3, 1, 1))
+            fore += max(0, .25 - fore.mean() + back.mean())        # brighter than the ground
+            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)
+            image += cover * (fore - image)
+            j, i = ((cover > .5).any(axis).nonzero()[0] for axis in (0, 1))
+            shapes.append([j[0], i[0], j[-1] + 1, i[-1] + 1, kind + 1])
+        shapes = torch.tensor(shapes)
+        truth.append({"boxes": shapes[:, :4].float(), "labels": shapes[:, 4]})
+    images += .04 * rng.standard_normal(images.shape, dtype=np.float32)
+    return torch.from_numpy((images.clip(0, 1) * 255).round().astype(np.uint8)), truth
+
+
+def average_precision(found, truth, threshold):
+    """AP, mean over classes: the area under precision against recall, all-point interpolation.
+
+    found, truth: for each image {'boxes': (m, 4), 'labels': (m,)}, found also 'scores': (m,).
+    Found boxes are visited by falling score. One is right if the true box of its class that it
+    overlaps most has an IoU (intersection / union) of at least `threshold` with it and was not
+    taken before. Precision at a recall is the best precision at that recall or more."""
+    areas = []
+    for c in torch.cat([t["labels"] for t in truth]).unique():
+        visits, count = [], 0             # (score, right) of found boxes; how many true ones
+        for f, t in zip(found, truth):
+            mine, true, taken = f["labels"] == c, t["boxes"][t["labels"] == c], set()
+            score, order = f["scores"][mine].sort(descending=True)
+            count += len(true)
+            true = F.pad(true, (0, 0, 0, 1))              # with an empty box, as there may be none
+            overlap = ops.box_iou(f["boxes"][mine][order], true)
+            for s, iou, best in zip(score.tolist(), *(x.tolist() for x in overlap.max(1))):
+                visits.append((s, iou >= threshold and best not in taken))
+                taken |= {best} if iou >= threshold else set()
+        visits.sort(key=lambda visit: -visit[0])
+        right = torch.tensor([r for _, r in visits] + [False]).double()
+        precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
+        best_after = precision.flip(0).cummax(0).values.flip(0)
+        areas.append((best_after * right).sum().item() / count)    # each hit: 1 / count of recall
+    return sum(areas) / len(areas)
+
+
+def read_backbone(folder, trained=True):
+    """The folder of a finished run, of any of the four scripts -> its backbone, or an untrained one
+    of the same shape, and (mean, std) of its images. Raises UserError where there is none."""
+    try:
+        result = json.loads((Path(folder) / "result.json").read_text())
+        net = resnet18(result["size"], *(result["settings"][k] for k in ("width", "stem_stride")))
+        if trained:
+            net.load_state_dict(load_checked(Path(folder) / "backbone.pt"))
+        return net, (result["mean"], result["std"])
+    except (OSError, Damaged, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is not a finished run: {one_line(error)}") from None
+
+
+def make_detector(backbone, statistics):
+    """Faster R-CNN on a feature pyramid of 64 channels over stages 2 to 4 of the backbone, with few
+    proposals, since a scene shows few shapes. statistics: (mean, std), lists of three."""
+    width = backbone.conv1.out_channels
+    pyramid = backbone_utils.BackboneWithFPN(
+        backbone, {"layer2": "0", "layer3": "1", "layer4": "2"},
+        [2 * width, 4 * width, 8 * width], 64)
+    anchors = anchor_utils.AnchorGenerator(((16,), (24,), (32,), (48,)), ((.5, 1., 2.),) * 4)
+    model = FasterRCNN(
+        pyramid, len(KINDS) + 1, SIDE, SIDE, *statistics, rpn_anchor_generator=anchors,
+        box_detections_per_img=20, rpn_pre_nms_top_n_train=300, rpn_post_nms_top_n_train=100,
+        rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
+        box_batch_size_per_image=32)
+    # A layer that is left out or frozen in silence would look like a bad backbone.
+    inside = model.backbone.body.state_dict()
+    assert all(torch.equal(inside[k], tensor) for k, tensor in backbone.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    return model
+
+
+def train_detector(model, images, truth, epochs, seed, device, name):
+    """SGD with warm-up and half a cosine, in batches of 8 scenes. -> the model, in eval mode"""
+    optimizer = torch.optim.SGD(model.parameters(), .02, momentum=.9, weight_decay=1e-4)
+    steps, index = epochs * (len(images) // 8), torch.arange(len(images))
+    meter, model = Meter(f"{name}, {len(images):,} scenes", steps), model.train()
+    for epoch in range(epochs):
+        rng = generator(seed, epoch, "scenes")
+        for rows, x in batches(images, index, 8, lambda x, _: (x,), rng, device):
+            set_lr(optimizer, .02 * cosine_lr(meter.done, steps, warmup=steps // 20))
+            boxes = [{k: v.to(device) for k, v in truth[i].items()} for i in rows.tolist()]
+            loss = sum(model(list(x), boxes).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.add(loss=loss)
+    if not math.isfinite(meter.means()["loss"]):                   # it happened at a rate of .05
+        raise NotFinite(f"{name}: the detector's loss is not finite")
+    return model.eval()
+
+
+def detection_picture(images, found, truth):
+    """Scenes, three times as large, with true boxes in white and, in red, found ones above .5."""
+    sheet = []
+    for image, f, t in zip(images.repeat_interleave(3, 2).repeat_interleave(3, 3), found, truth):
+        sure, unnamed = f["scores"] > .5, [""] * len(t["boxes"])
+        names = [KINDS[c - 1] for c in f["labels"][sure].tolist()]
+        sheet.append(utils.draw_bounding_boxes(
+            image, 3 * torch.cat([t["boxes"], f["boxes"][sure]]), unnamed + names,
+            ["white"] * len(unnamed) + ["red"] * len(names)))
+    return grid(torch.stack(sheet), 4, side=3 * SIDE)
+
+
+def detect(args):
+    """A detector on each backbone and schedule: AP50, and AP, the mean over the thresholds .5, .55,
+    ..., .95. Writes detection.json, and detection.png: eight test scenes, the first backbone's."""
+    device, folder, table = pick_device(args.device), Path(args.out or args.detect), {}
+    if (folder / "detection.json").exists():
+        raise UserError(f"{folder} already holds detection.json: choose another folder with --out")
+    torch.manual_seed(args.seed)
+    nets = {run: read_backbone(run) for run in (args.detect, args.against) if run}
+    nets["random network"] = read_backbone(args.detect, trained=False)
+    images, truth = draw_scenes(max(SCHEDULES), SIDE, args.seed + 1)
+    test_images, test_truth = draw_scenes(TEST_SCENES, SIDE, 0)        # whatever the --seed
+    print(f"{f'detection in {TEST_SCENES:,} test scenes':40}{'scenes':>8}{'AP50':>8}{'AP':>8}")
+    for name, (net, statistics) in nets.items():
+        for n, epochs in SCHEDULES.items():
+            torch.manual_seed(args.seed)                           # the same new layers for all
+            model = make_detector(copy.deepcopy(net), statistics).to(device)
+            train_detector(model, images[:n], truth[:n], epochs, args.seed, device, name)
+            with torch.no_grad():
+                found = [{k: v.cpu() for k, v in model([image.to(device) / 255])[0].items()}
+                         for image in test_images]
+            ap = [average_precision(found, test_truth, .5 + .05 * i) for i in range(10)]
+            table.setdefault(name, {})[str(n)] = {"ap50": ap[0], "ap": sum(ap) / len(ap)}
+            print(f"{name[-40:]:40}{n:8,}{ap[0]:8.3f}{sum(ap) / len(ap):8.3f}", flush=True)
+        if name == args.detect:
+            picture = detection_picture(test_images[:8], found, test_truth)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_picture(folder / "detection.png", picture)
+    write_text(folder / "detection.json", json.dumps(table, indent=1) + "\n")
+    print(f"{folder} holds detection.json and detection.png")
+
+
 def main(argv=None):
-    run_script(train, parse(argv))
+    args = parse(argv)
+    run_script(detect if args.detect else train, args)
 
 
 if __name__ == "__main__":
     main()
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. What was measured
+#
+# Not run yet for this version: the scores at the defaults, with --mask-share 0, with --mix-weight 0
+# and with both, which is BYOL; and detection.

@@ -3,13 +3,13 @@ r"""SCAN: Learning to Classify Images without Labels
 W. Van Gansbeke, S. Vandenhende, S. Georgoulis, M. Proesmans, L. Van Gool. ECCV 2020.
 https://arxiv.org/abs/2005.12320
 
-The idea. Features and clusters learned together latch on to colour and texture; so the task is cut
-in three. A pretext task brings every image close to its own augmentations. The nearest neighbours
-in that space mostly show the same kind of thing: they are taught to fall in the same cluster, while
-all clusters stay in use. Last, the network learns from the images it is sure of.
+The idea. Features and clusters that are learned together latch on to colour and texture. So the
+task is cut in three. A pretext task brings every image close to its own augmentations. The nearest
+neighbours in that space mostly show the same kind of thing: step 2 teaches them to fall in the same
+cluster, while all clusters stay in use. Step 3 learns from the images that the network is sure of.
 
     step 1         image -> two views -> backbone, projection -> z1, z2 -> NT-Xent
-                   then the K nearest neighbours of each image are mined, once
+                   then the nearest neighbours of each image are mined, once
 
     step 2         image ----------- strong -> backbone, head -> softmax p \   <p, q> to 1,
                    its neighbour --- strong -> backbone, head -> softmax q /   mean p to uniform
@@ -19,76 +19,69 @@ all clusters stay in use. Last, the network learns from the images it is sure of
 
     paper        in the code              shape       meaning
     Phi          backbone, head                       network; its head changes from step to step
-    z            z1, z2                   B x 128     embeddings of step 1, unit length
-    N_X          neighbours               N x (1+K)   the image itself first; K is --neighbours
-    C            clusters                             how many; K where it is a shape
-    Phi(X)       p, from anchor logits    B x K       cluster probabilities of an image
-    Phi(k)       q, from neighbour logits B x K       ... of one neighbour of it
-    lambda       --entropy-weight                     5 everywhere
+    z            z1, z2                   B x 128     embeddings of step 1, of unit length
+    N_X          neighbours               N x (1+n)   the image itself first; n is --neighbours
+    C            clusters                             number of clusters, written K in all shapes
+    Phi(X)       p, from anchor_logits    B x K       cluster probabilities of an image
+    Phi(k)       q, from neighbour_logits B x K       cluster probabilities of one neighbour of it
+    lambda       --entropy-weight                     5 for every data set
+                 H, --heads                           step 2 trains H heads and keeps the best one
 
-Differences from the paper, its released code included
+Differences from the paper and its released code
     D1  The release keeps the epoch and head of the lowest loss on the test images, without their
         labels. Here the training images choose; --select test does as released.
-    D2  The learning rate of step 1 falls to 0 by the step, there to a thousandth by the epoch.
-    D3  The strong augmentation's random crop is left out: without padding it crops nothing from an
-        image that has the network's size. All the rest of it is as released.
-    D4  A batch of step 3 without any confident image is skipped and counted; the release stops with
-        an error. Step 3 ends when the confident share has not grown for --patience epochs (paper:
-        on a plateau; release: never, which is --patience 0).
-    D5  More clusters than classes: each cluster takes the class of most of its training images. In
-        the release the surplus clusters silently count as class 0.
-    D6  With --pretext, neighbours are mined on backbone features: the file has no projection.
-    D7  Every batch is whole. Images are normalised with the dataset's own statistics.
-    D8  On `shapes` and folders step 1 uses Adam, on `shapes` also the symmetric loss and more grey
-        views, and K is 166, see the note.
-    D9  The ImageNet protocol, heads alone on a frozen MoCo backbone, is not here.
-    D10 Pseudo-labels come from a pass in eval mode; --weak-pass train does as released, see the
-        note.
+    D2  The learning rate of step 1 falls to 0, step by step; there to a thousandth, epoch by epoch.
+    D3  The strong augmentation has no random crop: without padding it crops nothing from an image
+        of the network's size. Its operations work on floats; there each rounds to 8 bits.
+    D4  Step 3 skips a batch without a confident image; the release stops with an error. It ends
+        when the confident share has not grown for --patience epochs (paper: on a plateau; release:
+        never). It is left out where it might lose clusters (--unsafe, section 7).
+    D5  With more clusters than classes, each cluster takes the class of most of its training
+        images. In the release surplus clusters silently count as class 0.
+    D6  With --pretext FILE neighbours are mined on the backbone's features, since the file holds no
+        projection. An image is always first among its neighbours; there a copy can displace it.
+    D7  Images are normalised with their own statistics. For CIFAR the released standard deviations
+        are smaller, so our inputs are smaller, too. On a GPU networks run in bfloat16, there in
+        float32. Eight orders of colour jitter share a batch; there each image has its own.
+    D8  On `shapes` and folders step 1 uses Adam; `shapes` has the symmetric loss, more grey views
+        and 166 neighbours (section 7). Settings without a released config are ours.
+    D9  The ImageNet protocol (--pretext MODEL: frozen backbone, heads alone) sees one centre crop
+        of each image instead of fresh views, so features are computed once. They are scaled and
+        the heads use Adam; there SGD at rate 5 acts on raw features. Step 3 is left out.
+    D10 Pseudo-labels come from a pass in eval mode; --weak-pass train does as released (section 7).
+    D11 The logarithm in the SCAN loss is exact; there a pair with <p, q> below 1e-12 has almost no
+        gradient (section 7).
 
-    python scan.py                                     # shapes, on a laptop
-    python scan.py --dataset cifar10                   # 500 + 50 + 200 epochs, as released
-    python scan.py --dataset ~/photos --clusters 12    # your own images, without labels
-
-    ACC on test                   shapes, --seed 0, 1, 2    CIFAR-10 (JPEG), 10,000 images (README)
-    k-means on the pretext's h    .962   .846   .959        .276
-    after the SCAN loss          1.000   .997   .997        .308
-    after self-labelling         1.000   .999   .999        .291
-    (4 min each on one CPU core; the fresh seed 3: .981, 1.000, 1.000; CIFAR-10 --weak-pass train)
-
-    From an earlier pretext (.284; --pretext RUN/pretext.pt), after step 2: --neighbours 0, 5, 20,
-    50 .250 .274 .295 .305, as in the paper, although only 30 % of the 20 are of the same class;
-    with --clusters 20, by majority vote, .310; with --true-neighbours .284, unlike the paper, whose
-    networks and epochs are far larger.
-
-Note: what self-labelling needs is a right and confident hand-over.
-    Right: with the 20 nearest neighbours, discs and squares at times share two clusters and stars
-    and crosses two more, each split by something else (ACC .81, seeds 1 and 2), sure of themselves;
-    no self-labelling can undo that. With 166 it did not happen; --heads 5, at 20, did not help.
-    Confident, in every cluster: else the others swallow it. Step 2 gets there with lr 1e-3 in place
-    of the released 1e-4. BatchNorm in train mode normalises plain images by their own statistics,
-    not by those of the strong views that the weights know. Default, seed 1: in train mode 52 % of
-    the images were above .99 in the first epoch, and .997 fell to .918; in eval mode 75 %, and it
-    rose to .999 (D10). A cluster that has hardly an image above .99 is still lost at times: a
-    warning tells of it. Weak views (--self-label-views simclr), on the backbone of identitize.py:
-    1.000 falls to .997 and does not collapse; with strong ones it stays 1.000.
-Not run: the paper's lengths, a GPU.
+    python scan.py                                            # shapes, on a laptop
+    python scan.py --dataset cifar10                          # 500 + 50 + 200 epochs: not run
+    python scan.py --dataset ~/photos --clusters 12 --pretext resnet50     # your own, in minutes
+    python scan.py --assign RUN --dataset NEW --out OUT       # the clusters of that run for others
 """
+import argparse
+import contextlib
 import copy
+import hashlib
+import json
 import math
-import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as tv
 from torch import nn
+from torchvision.transforms.v2 import Resize
 
-from common import (NAMES, Clock, Clustering, Meter, Parser, Run, UserError, adjust_brightness,
+from common import (NAMES, Damaged, Meter, Parser, Run, UserError, adjust_brightness,
                     adjust_contrast, adjust_saturation, autocast, baselines, batches, beside,
-                    check_sizes, cluster_scores, color_jitter, cosine_lr, describe, embed, evaluate,
-                    fast_dtype, fetch, generator, grid, load_dataset, normalise, number, on_cpu,
-                    pick_device, pixel_statistics, print_row, print_scores, random_grayscale,
-                    random_resized_crop, read_backbone, resnet18, run_script, save_atomically,
-                    save_cluster_pictures, save_picture, save_views, set_lr, step, subset,
-                    to_device)
+                    cluster_scores, clustering, color_jitter, cosine_lr, describe, embed,
+                    embed_both, evaluate, fast_dtype, fetch, generator, grid, load_checked,
+                    load_dataset, normalise, number, one_line, pick_device, pixel_statistics,
+                    prepare, print_scores, random_grayscale, random_resized_crop,
+                    resnet18, run_script, save_atomically, save_clusters, save_picture,
+                    save_sheets, save_views, score, set_lr, subset, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step
@@ -171,44 +164,110 @@ def cluster_heads(features, heads, clusters):
     return nn.Sequential(logits, nn.Unflatten(1, (heads, clusters)))
 
 
+class Scale(nn.Module):
+    """Features (B, D) of a frozen backbone -> standardised over those learned from, of length 10.
+    Backbones differ in the scale and the mean of their features: without this, each would need
+    its own learning rate, and clusters get lost (D9, section 7)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def forward(self, h):
+        return 10 * F.normalize((h - self.mean) / self.std, dim=1)
+
+
+MODELS = torchvision.models.list_models(module=torchvision.models)
+
+
+def frozen_backbone(name, size):
+    """A classification model of torchvision without its last layer; it resizes images first.
+    -> the model, the name of that layer, the shape of its weights"""
+    model = torchvision.models.get_model(name, weights=None)
+    last, layer = list(model.named_modules())[-1]
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"--pretext {name}: this model does not end in a linear layer")
+    parent, _, child = last.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    model = model.eval().to(memory_format=torch.channels_last)
+    return nn.Sequential(Resize((size, size)), model), last, layer.weight.shape
+
+
+def build_network(model, size, width, stem_stride, clusters):
+    """The network of steps 2 and 3 with one head, untrained, as model.pt describes it."""
+    if model in MODELS:
+        backbone, _, (_, features) = frozen_backbone(model, size)
+        backbone.append(Scale(features))
+    else:
+        backbone, features = resnet18(size, width, stem_stride), 8 * width
+    return Network(backbone, cluster_heads(features, 1, clusters))
+
+
+def flat(state, prefix=""):
+    """Nested dictionaries -> {names joined by dots: tensor}"""
+    tensors = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        tensors.update({f"{prefix}{key}": value} if isinstance(value, torch.Tensor) else
+                       flat(value, f"{prefix}{key}."))
+    return tensors
+
+
+def load_weights(path, model, last=""):
+    """Load a checkpoint of anybody. last: the name of a layer that was taken off the model.
+
+    One rule finds the tensors: of all prefixes in the file ('', 'module.encoder_q.', ...) take the
+    one under which most names of the model stand. All must be there, in their shapes, for weights
+    that silently stay random are a known accident. Other tensors are named, and refused where they
+    look like layers of a larger model. -> {name: tensor}, also those of `last`"""
+    try:
+        tensors = flat(load_checked(path) if zipfile.is_zipfile(path) else      # or an older file
+                       torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:                                     # a pickle can raise anything
+        raise UserError(f"{one_line(path)}: {one_line(error)} (if it holds more than tensors and "
+                        f"you trust it, load it with weights_only=False and save its state_dict)"
+                        ) from None
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    first, tops = next(iter(own)), {k.split(".")[0] for k in own}
+    prefix = max([k.removesuffix(first) for k in tensors if k.endswith(first)] or [""],
+                 key=lambda p: sum(p + k in tensors for k in own))
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    rest = [k for k in found if k not in model.state_dict()]
+    wrong = [k for k, v in own.items() if k not in found or found[k].shape != v.shape]
+    foreign = [k for k in rest if not (last and k.startswith(last + "."))]
+    wrong += [k for k in foreign if k.split(".")[0] in tops]
+    if wrong:
+        there, here = (tuple(of[wrong[0]].shape) if wrong[0] in of else "absent"
+                       for of in (found, own))
+        raise UserError(f"{one_line(path)}: {len(wrong)} tensors do not fit: {wrong[0]} is {there} "
+                        f"there and {here} here. Is it of another model, or of another --width?")
+    model.load_state_dict({**model.state_dict(), **{k: found[k] for k in own}}, strict=True)
+    under = f' from {prefix}' if prefix else ''
+    print(f"{one_line(path)}: {len(own)} tensors loaded{under}; not used: "
+          f"{', '.join(rest[:6]) or 'none'}" + ", ..." * (len(rest) > 6))
+    return found
+
+
+def load_backbone(path, backbone, args, data):
+    """Load a backbone.pt. result.json beside it tells what the shapes of tensors cannot show."""
+    mine = {"dataset": data.name, "stem_stride": args.stem_stride, "image_size": args.image_size}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # none, or not ours
+        made = json.loads(Path(path).with_name("result.json").read_text())
+        theirs = {**made["settings"], "dataset": made["dataset"]}
+        for key, value in mine.items():
+            if theirs[key] != value:
+                raise UserError(f"{one_line(path)}: it was made with --{key.replace('_', '-')} "
+                                f"{theirs[key]}, not {value}")
+    load_weights(path, backbone)
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. The views, SimCLR's for step 1 and strong ones for steps 2 and 3, and the neighbours. A strong
 #    operation takes images (B, 3, H, W) in [0, 1] and a magnitude for each, (B, 1, 1, 1).
 
-def auto_contrast(x, _):
-    """Stretch each channel of each image to the whole range; a flat channel stays."""
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-6), x)
-
-
-def equalize(x, _):
-    """Pillow's integer rule: from its histogram a lookup table for each channel of each image."""
-    level = (x * 255).round().long().flatten(2).flatten(0, 1)                   # (3B, HW)
-    count = level.new_zeros(len(level), 256).scatter_add_(1, level, torch.ones_like(level))
-    last = count.gather(1, level.amax(1, keepdim=True))            # the brightest is not spread
-    stride = (count.sum(1, keepdim=True) - last) // 255
-    table = (stride // 2 + count.cumsum(1) - count) // stride.clamp(min=1)
-    out = table.clamp_(max=255).gather(1, level)
-    return (torch.where(stride > 0, out, level).float() / 255).view_as(x)
-
-
-def solarize(x, threshold):
-    """Invert what is at least as bright as threshold, of 256 levels."""
-    return torch.where(x * 255 >= threshold, 1 - x, x)
-
-
-def posterize(x, bits):
-    """Keep the leading bits of 8; bits is rounded down."""
-    width = 2 ** (8 - bits.floor())
-    return ((x * 255).round() / width).floor() * width / 255
-
-
-def sharpness(x, factor):
-    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the border stays."""
-    smooth, rows = x.clone(), x[..., :-2] + x[..., 1:-1] + x[..., 2:]
-    nine = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]
-    smooth[..., 1:-1, 1:-1] = (nine + 4 * x[..., 1:-1, 1:-1]) / 13
-    return torch.lerp(smooth, x, factor).clamp_(0, 1)
+def posterize(x, step):
+    """Round each of the 256 levels down to a multiple of step."""
+    return ((x * 255).round() / step).floor() * step / 255
 
 
 def warp(x, a, b, c, d, e, f):
@@ -230,16 +289,21 @@ def rotate(x, degrees):
     return warp(x, cos, -sin, u - cos * u + sin * v, sin, cos, v - sin * u - cos * v)
 
 
-OPERATIONS = (                            # name, function, range of its magnitude (uniform)
-    ("Identity", lambda x, m: x, 0, 0), ("AutoContrast", auto_contrast, 0, 0),
-    ("Equalize", equalize, 0, 0), ("Rotate", rotate, -30, 30), ("Solarize", solarize, 0, 256),
-    ("Color", adjust_saturation, .05, .95), ("Contrast", adjust_contrast, .05, .95),
-    ("Brightness", adjust_brightness, .05, .95), ("Sharpness", sharpness, .05, .95),
-    ("ShearX", lambda x, m: warp(x, 1, m[:, 0], 0, 0, 1, 0), -.1, .1),
-    ("ShearY", lambda x, m: warp(x, 1, 0, 0, m[:, 0], 1, 0), -.1, .1),
-    ("TranslateX", lambda x, m: warp(x, 1, 0, m[:, 0] * x.shape[-1], 0, 1, 0), -.1, .1),
-    ("TranslateY", lambda x, m: warp(x, 1, 0, 0, 0, 1, m[:, 0] * x.shape[-2]), -.1, .1),
-    ("Posterize", posterize, 4, 8))
+OPERATIONS = (                            # name, range of the magnitude m (uniform), function
+    ("Identity", 0, 0, lambda x, m: x),
+    ("AutoContrast", 0, 0, lambda x, m: tv.autocontrast(x)),
+    ("Equalize", 0, 0, lambda x, m: tv.equalize((x * 255).round().byte()).float() / 255),
+    ("Rotate", -30, 30, rotate),
+    ("Solarize", 0, 256, lambda x, m: torch.where(x * 255 >= m, 1 - x, x)),
+    ("Color", .05, .95, adjust_saturation),
+    ("Contrast", .05, .95, adjust_contrast),
+    ("Brightness", .05, .95, adjust_brightness),
+    ("Sharpness", .05, .95, lambda x, m: torch.lerp(tv.adjust_sharpness(x, 0), x, m).clamp(0, 1)),
+    ("ShearX", -.1, .1, lambda x, m: warp(x, 1, m[:, 0], 0, 0, 1, 0)),
+    ("ShearY", -.1, .1, lambda x, m: warp(x, 1, 0, 0, m[:, 0], 1, 0)),
+    ("TranslateX", -.1, .1, lambda x, m: warp(x, 1, 0, m[:, 0] * x.shape[-1], 0, 1, 0)),
+    ("TranslateY", -.1, .1, lambda x, m: warp(x, 1, 0, 0, 0, 1, m[:, 0] * x.shape[-2])),
+    ("Posterize", 4, 8, lambda x, m: posterize(x, 2 ** (8 - m.floor()))))
 
 
 def random_operations(x, rng, count=4):
@@ -248,7 +312,7 @@ def random_operations(x, rng, count=4):
     n, x = len(x), x.clone()
     for _ in range(count):
         drawn, place = torch.randint(14, (n,), generator=rng), torch.rand(n, generator=rng)
-        for i, (_, operation, low, high) in enumerate(OPERATIONS):
+        for i, (_, low, high, operation) in enumerate(OPERATIONS):
             rows = (drawn == i).nonzero().flatten()
             if i and len(rows):
                 magnitude = (low + (high - low) * place[rows]).to(x.device)
@@ -259,16 +323,16 @@ def random_operations(x, rng, count=4):
 
 
 def cutout(x, longest, rng):
-    """Set a square of each image, side uniform in 1..longest, centre anywhere, to 0. x is
-    normalised already, so this is the mean colour and not black."""
+    """Set a square of each image to 0: half its side is l // 2, l uniform in 1..longest, so l = 1
+    leaves the image whole. x is normalised already, so 0 is the mean colour and not black."""
     n, _, height, width = x.shape
-    side = torch.randint(1, longest + 1, (n, 1), generator=rng)
-    top = torch.randint(height, (n, 1), generator=rng) - side // 2
-    left = torch.randint(width, (n, 1), generator=rng) - side // 2
-    side, top, left = torch.stack([side, top, left]).to(x.device)               # Bx1 each
+    half = torch.randint(1, longest + 1, (n, 1), generator=rng) // 2
+    top = torch.randint(height, (n, 1), generator=rng) - half
+    left = torch.randint(width, (n, 1), generator=rng) - half
+    half, top, left = torch.stack([half, top, left]).to(x.device)               # Bx1 each
     v, u = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    rows = (v >= top) & (v < top + side)                                        # BxH
-    columns = (u >= left) & (u < left + side)                                   # BxW
+    rows = (v >= top) & (v < top + 2 * half)                                    # BxH
+    columns = (u >= left) & (u < left + 2 * half)                               # BxW
     return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
@@ -278,14 +342,14 @@ def make_views(args, size, statistics):
         return normalise(x, statistics)
 
     def simclr(x, rng):                                            # no blur, as released
-        s, x = args.jitter, random_resized_crop(x, size, (args.crop, 1), rng)   # and flip, p .5
+        s, x = args.jitter, random_resized_crop(x, (args.crop, 1), rng)   # and flip, p .5
         x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
         return normalise(random_grayscale(x, args.gray, rng), statistics)
 
     def strong(x, rng):
         flipped = (torch.rand(len(x), generator=rng) < .5).to(x.device)[:, None, None, None]
         x = random_operations(torch.lerp(x, x.flip(3), flipped.float()), rng)
-        return cutout(normalise(x, statistics), args.cutout, rng)
+        return cutout(normalise(x, statistics), size // 2 if size <= 64 else size // 3, rng)
     return {"none": none, "simclr": simclr, "strong": strong}
 
 
@@ -301,19 +365,13 @@ def mine(z, k):
     return torch.cat([rows[:, None], torch.cat(found)], 1).cpu()
 
 
-def only_true(neighbours, labels):
-    """The neighbours with their anchor's label, repeated to fill the row. (N, 1 + K) -> same"""
-    right = labels[neighbours] == labels[:, None]
-    order = (~right).int().argsort(dim=1, stable=True)             # the right ones first
-    turn = torch.arange(neighbours.shape[1]) % right.sum(1, keepdim=True)
-    return neighbours.gather(1, order.gather(1, turn))
-
-
 # ------------------------------------------------------------------------------------------------
 # 4. Hyper-parameters
 
+# Where they differ from the flags' defaults, which are those released for CIFAR-10. Released, too:
+# cifar20 and stl10. The others have no released settings: theirs are ours.
 LARGE = dict(batch_size=256, lr=.2, cluster_epochs=100, self_label_epochs=100, self_label_batch=512)
-DEFAULTS = {                              # where they differ from the flags' defaults, CIFAR-10's
+DEFAULTS = {
     "shapes": dict(epochs=15, batch_size=64, optimizer="adam", lr=2e-3, weight_decay=1e-6,
                    nt_xent="symmetric", width=16, stem_stride=2, crop=.4, jitter=1., gray=.6,
                    cluster_epochs=12, cluster_lr=1e-3, self_label_epochs=15, self_label_batch=250),
@@ -325,111 +383,152 @@ DEFAULTS = {                              # where they differ from the flags' de
     "folder": dict(epochs=200, batch_size=None, optimizer="adam", lr=1e-3, width=32, stem_stride=2,
                    self_label_epochs=50, self_label_batch=250),
 }
+IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}
+# Heads on a frozen backbone (D9), for any data set: ours, see section 6.
+FROZEN = dict.fromkeys((*NAMES, "folder"), dict(
+    heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
 
 
 def parse(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    # The same in all four scripts.
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, cifar20, fashion-mnist, "
-        "stl10, tiny-imagenet, imagenet10, imagenet-dogs, or the path of a folder of images")
-    add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
-        "imagenet-dogs the ImageNet folder")
-    add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's own")
-    add("--train-size", type=number(int, 2), help="learn from this many images, a balanced part")
-    add("--clusters", type=number(int, 2), help="clusters to report; else the number of classes")
-    add("--epochs", type=number(int, 1), default=500, help="passes over the training images")
+    parser = Parser(__doc__, epochs=500)
+    add = parser.training                                          # of step 1
     add("--batch-size", type=number(int, 2), default=512, help="B, images of a step")
     add("--lr", type=number(float, 0, above=True), default=.4, help="peak learning rate")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="L2 weight decay")
-    add("--width", type=number(int, 1, 512), default=64, help="channels of ResNet-18's first stage")
-    add("--stem-stride", type=number(int, 1, 2), default=1, help="2: a cheaper stem for laptops")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
-    add("--compile", action="store_true", help="torch.compile the network; slower to start")
-    # The method's own. Step 1, whose epochs, batch size and learning rate are those above:
-    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd: as released")
+    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
+        "area of an image that a view shows")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="s: colour jitter .8s .8s .8s .2s")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
+    add = parser.method
     add("--temperature", type=number(float, 0, above=True), default=.1, help="tau of NT-Xent")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="of step 1; sgd: as released")
-    add("--nt-xent", choices=("one-sided", "symmetric"), default="one-sided",
-        help="anchors of step 1: view 1 alone, as released, or both")
-    add("--pretext", metavar="FILE", help="instead of step 1: the backbone.pt of any script's run")
-    # step 2:
-    add("--neighbours", type=number(int, 0), help="K, mined for an image; 0: only itself; else 20, "
-        "on shapes 200, or a third of the mean cluster if that is less")
-    add("--true-neighbours", action="store_true", help="drop false ones BY THEIR LABELS: an upper "
-        "bound, no longer unsupervised")
-    add("--entropy-weight", type=number(float, 0), default=5., help="lambda of Eq. (2); makes the "
-        "loss negative by nature: (1 - lambda) ln K when undecided, -lambda ln K at best")
+    add("--nt-xent", choices=("one-sided", "symmetric"), default="one-sided", help="anchors: view "
+        "1 alone, as released, or both views")
+    add("--pretext", metavar="FILE or MODEL", help="instead of step 1: the backbone.pt of any "
+        "script's run, or a model of torchvision, e.g. resnet50, which stays frozen (D9)")
+    add("--weights", metavar="FILE", help="of that model, by whomever; else torchvision's own")
+    add("--assign", metavar="RUN", help="train nothing: give the images of --dataset the clusters "
+        "of a finished run of scan.py")
+    add("--neighbours", type=number(int, 0), help="how many are mined for an image; 0: only itself")
+    add("--entropy-weight", type=number(float, 0), default=5., help="lambda of Eq. (2)")
     add("--heads", type=number(int, 1), default=1, help="cluster heads; the lowest loss is kept")
     add("--select", choices=("train", "test"), default="train", help="images whose loss, without "
         "labels, chooses epoch and head; test: as released (D1)")
-    add("--cutout", type=number(int, 1), help="longest side; else half of the image, a third from "
-        "65 px on")
     add("--cluster-epochs", type=number(int, 1), default=50, help="epochs of step 2")
-    add("--cluster-batch", type=number(int, 2), default=128, help="B of step 2; at most all")
+    add("--cluster-batch", type=number(int, 2), default=128, help="B of step 2; at most all images")
     add("--cluster-lr", type=number(float, 0, above=True), default=1e-4, help="of step 2")
-    # step 3:
-    add("--threshold", type=number(float, 0, 1), default=.99, help="of confidence, exclusive")
+    add("--threshold", type=number(float, 0, 1), default=.99, help="step 3 learns from images "
+        "whose confidence is above it")
+    add("--unsafe", choices=("stop", "go"), default="stop", help="when step 2 leaves a cluster "
+        "that is empty or hardly sure of an image: stop before step 3, which may lose it, or go on")
     add("--weak-pass", choices=("eval", "train"), default="eval", help="BatchNorm of the pass that "
-        "gives pseudo-labels; train, the batch's own statistics: as released (D10)")
+        "gives pseudo-labels; train: as released (D10)")
     add("--self-label-views", choices=("strong", "simclr"), default="strong", help="simclr: an "
-        "ablation; the paper reports that it collapses")
-    add("--self-label-epochs", type=number(int, 0), default=200, help="epochs of step 3, 0: none")
+        "ablation, which collapses in the paper")
+    add("--self-label-epochs", type=number(int, 0), default=200, help="epochs of step 3; 0: none")
     add("--self-label-batch", type=number(int, 2), default=1000, help="B of step 3; at most all")
     add("--self-label-lr", type=number(float, 0, above=True), default=1e-4, help="of step 3")
     add("--patience", type=number(int, 0), default=10, help="end step 3 when the confident share "
         "has not grown by .001 in so many epochs; 0: never, as released (D4)")
-    dataset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**DEFAULTS.get(dataset if dataset in NAMES else "folder", {}))
-    return parser.parse_args(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--pretext", nargs="?")
+    frozen = early.parse_known_args(argv)[0].pretext in MODELS
+    args = parser.parse(argv, FROZEN if frozen else DEFAULTS)
+    if args.weights and not frozen:
+        parser.error("--weights needs --pretext with the name of a model of torchvision")
+    if args.assign and args.resume:
+        parser.error("--assign and --resume exclude each other")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Training. `kept` is what a checkpoint holds: the stage, its network and optimizer, and what the
-#    stages before it handed over. A resumed run enters the stage that it finds there.
+# 5. Training. A checkpoint names the step that wrote it, and holds all that this step was given by
+#    the steps before: weights, Mined, Best, and `notes`, the entries of result.json found so far.
+#    So no file of an earlier step can be stale.
 
-def begin(args, kept, net, optimizer, device):
-    """Weights that were handed over or interrupted, if any. -> the network to call, a clock"""
-    if "net" in kept:
-        net.load_state_dict(kept["net"])
-    if "optimizer" in kept:
-        optimizer.load_state_dict(kept["optimizer"])
-    return torch.compile(net) if args.compile else net, Clock(device)
+class Mined(NamedTuple):                  # from step 1 to step 2
+    train: torch.Tensor                   # (N, 1 + n) neighbours of the images of steps 2 and 3
+    judge: torch.Tensor                   # (M, 6) those of the images that choose epoch and head
 
 
-def pretext(args, run, kept, backbone, images, views, device):
+class Best(NamedTuple):                   # within step 2
+    loss: float                           # the lowest full_loss so far
+    epoch: int
+    head: int
+    net: dict                             # the weights then
+
+
+def enter(run, stage, net, optimizer, **given):
+    """Begin a step with a checkpoint of what it is given, or go on in it. -> given, or its state
+    when it was interrupted; net and optimizer are then loaded"""
+    if run.state.get("stage", "pretext") == stage:
+        return run.restore(net=net, optimizer=optimizer) or given
+    run.save(stage=stage, net=net, optimizer=optimizer, **given)
+    return given
+
+
+def pretext(args, run, backbone, images, views, device):
     """Step 1, Eq. (1): an image and its augmentations lie close. -> the network that embeds z"""
     torch.manual_seed(args.seed)
     net = Network(backbone, projection(8 * args.width)).to(device)
     kind, more = {"sgd": (torch.optim.SGD, {"momentum": .9}), "adam": (torch.optim.Adam, {})}[
         args.optimizer]
     optimizer = kind(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True, **more)
-    forward, clock = begin(args, kept, net, optimizer, device)
+    enter(run, "pretext", net, optimizer)
+    forward = torch.compile(net) if args.compile else net
     index, per_epoch = torch.arange(len(images)), len(images) // args.batch_size
 
     def two(x, rng):
         return views["simclr"](x, rng), views["simclr"](x, rng)
     for epoch in range(run.epoch, args.epochs):
-        meter = Meter(f"pretext, epoch {epoch + 1}", optimizer, per_epoch)
+        meter = Meter(f"scan, pretext, epoch {epoch + 1}", per_epoch)
         rng = generator(args.seed, epoch, "pretext")
         for i, (_, x1, x2) in enumerate(
-                batches(images, index, args.batch_size, two, rng, device, clock)):
+                batches(images, index, args.batch_size, two, rng, device)):
             at = epoch * per_epoch + i
             set_lr(optimizer, args.lr * cosine_lr(at, per_epoch * args.epochs))
             with autocast(device):                                 # one pass: BatchNorm sees both
                 z1, z2 = F.normalize(forward(torch.cat([x1, x2])), dim=1).chunk(2)      # BxD each
             loss = nt_xent_loss(z1, z2, args.temperature, args.nt_xent == "symmetric")
-            step(optimizer, loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             meter.add(loss=loss)
-        run.end_epoch({"stage": "pretext", **meter.means()}, per_epoch * args.batch_size, clock,
-                      optimizer, {**kept, "net": net.state_dict(),
-                                  "optimizer": optimizer.state_dict()})
+        run.end_epoch({"stage": "pretext", **meter.means()}, per_epoch * args.batch_size,
+                      stage="pretext", net=net, optimizer=optimizer)
     return net
+
+
+def choose_neighbours(args, n, clusters, most):
+    """How many are mined: `most`, but at most a third of the mean cluster, so that most of them can
+    be of the same class. Sets args.neighbours, where the user has not."""
+    if args.neighbours is None:
+        args.neighbours = max(1, min(most, n // (3 * clusters)))
+    if args.neighbours >= n:
+        raise UserError(f"--neighbours {args.neighbours}: an image has {n - 1:,} others")
+
+
+def mine_neighbours(args, run, z, images, labels):
+    """Once, before step 2. z: embeddings (N, D) of the images to learn from and, with --select
+    test, of the test images. labels: to be printed alone. -> Mined, {k: share of true ones}"""
+    neighbours = mine(F.normalize(z[0], dim=1), args.neighbours)
+    shown = torch.linspace(0, len(images) - 1, min(12, len(images))).long()
+    near, images = neighbours[shown, :6], images.cpu()             # a row each: image, five nearest
+    save_picture(run.folder / "neighbours.png", beside(*(
+        grid(images[column], 1, 64) for column in near.t())))
+    shares = {}
+    if labels is not None:
+        right = (labels[neighbours[:, 1:]] == labels[:, None]).float()
+        shares = {f"top-{k}": right[:, :k].mean().item() for k in (1, 5, 20, 50)
+                  if k <= args.neighbours}
+        print("neighbours of the same class:", *(f"{k} {v:.3f}" for k, v in shares.items()))
+    judge = neighbours[:, :6]
+    if args.select == "test":
+        judge = mine(F.normalize(z[1], dim=1), min(5, len(z[1]) - 1))
+    return Mined(neighbours.int(), judge.int()), shares
+
+
+each_head = torch.vmap(scan_loss, (1, 1, None))        # of logits (B, H, K) twice: (H,) each
 
 
 @torch.no_grad()
@@ -437,51 +536,67 @@ def full_loss(logits, neighbours):
     """Eq. (2) with lambda 1 over all pairs of a split, which chooses epoch and head (D1).
     logits (N, H, K), neighbours (N, J) -> (3, H): total, consistency, entropy of each head"""
     columns = neighbours.to(logits.device).t()
-    return torch.stack([torch.stack([torch.stack(scan_loss(one, one[column], 1.))
-                                     for column in columns]).mean(0)
-                        for one in logits.unbind(1)], 1)
+    return torch.stack([torch.stack(each_head(logits, logits[c], 1.)) for c in columns]).mean(0)
 
 
-def cluster(args, run, kept, net, images, judge, statistics, views, device):
-    """Step 2, Eq. (2): neighbours share a cluster. judge: images, their neighbours and, for print
-    alone, labels. -> {"epoch", "head", "loss", "net"} of the lowest loss on those images"""
+def cluster(args, run, net, mined, notes, pairs, judge, labels):
+    """Step 2, Eq. (2): neighbours share a cluster. pairs(index (N, 2), batch size, generator)
+    yields batches (index, images, their neighbours) as net takes them. judge(net) gives the logits
+    (M, H, K) of the images that choose epoch and head; their labels (M,) are only printed.
+    -> the weights of the best epoch with its best head alone; notes"""
     optimizer = torch.optim.Adam(net.parameters(), args.cluster_lr, fused=True,
                                  weight_decay=args.weight_decay)
-    forward, clock = begin(args, kept, net, optimizer, device)
-    best = kept.get("best", {"loss": math.inf})
-    batch, neighbours = min(args.cluster_batch, len(images)), kept["neighbours"].long()
-
-    def pair(x, rng):                                              # x (B, 2, 3, H, W)
-        return views["strong"](x[:, 0], rng), views["strong"](x[:, 1], rng)
-    for epoch in range(run.epoch - kept["began"], args.cluster_epochs):
-        meter = Meter(f"cluster, epoch {epoch + 1}", optimizer, len(images) // batch)
+    kept = enter(run, "cluster", net, optimizer, mined=mined and [*mined], notes=notes,
+                 best=[math.inf, 0, 0, {}])
+    mined, notes, best = Mined(*kept["mined"]), kept["notes"], Best(*kept["best"])
+    forward = torch.compile(net) if args.compile else net
+    neighbours, device = mined.train.long(), next(net.parameters()).device
+    n, batch = len(neighbours), min(args.cluster_batch, len(neighbours))
+    began = 0 if args.pretext else args.epochs
+    for epoch in range(run.epoch - began, args.cluster_epochs):
+        meter = Meter(f"scan, cluster, epoch {epoch + 1}", n // batch)
         rng = generator(args.seed, epoch, "cluster")
-        drawn = torch.randint(neighbours.shape[1], (len(images), 1), generator=rng)
+        drawn = torch.randint(neighbours.shape[1], (n, 1), generator=rng)
         index = torch.cat([neighbours[:, :1], neighbours.gather(1, drawn)], 1)             # Nx2
-        for _, x1, x2 in batches(images, index, batch, pair, rng, device, clock):
+        for _, x1, x2 in pairs(index, batch, rng):
             with autocast(device):                                 # two passes: BatchNorm sees
                 p, q = forward(x1), forward(x2)                    # each alone;         BxHxK each
-            heads = [torch.stack(scan_loss(p[:, h], q[:, h], args.entropy_weight))
-                     for h in range(args.heads)]
-            loss, consistency, entropy = torch.stack(heads).sum(0)
-            step(optimizer, loss)
+            loss, consistency, entropy = (
+                term.sum() for term in each_head(p, q, args.entropy_weight))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             meter.add(loss=loss, consistency=consistency, entropy=entropy)
-        logits = embed(net, judge[0], statistics, device)                                  # NxHxK
-        full = full_loss(logits, judge[1]).cpu()
+        logits = judge(net)                                                             # MxHxK
+        full = full_loss(logits, mined.judge.long()).cpu()
         head = int(full[0].argmin())
         sure, found = logits[:, head].softmax(1).max(1)
         record = {"stage": "cluster", **meter.means(), "full_loss": full[0, head].item(),
                   "full_consistency": full[1, head].item(), "full_entropy": full[2, head].item(),
                   "confident": (sure > args.threshold).float().mean().item(),
                   "clusters": len(found.unique())}
-        if judge[2] is not None:
-            record["acc"] = cluster_scores(judge[2], found.cpu())["acc"]
-        if record["full_loss"] < best["loss"]:
-            best = {"epoch": epoch + 1, "head": head, "loss": record["full_loss"],
-                    "net": copy.deepcopy(net.state_dict())}
-        run.end_epoch(record, len(images) // batch * batch, clock, optimizer, {
-            **kept, "best": best, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
-    return best
+        if labels is not None:
+            record["acc"] = cluster_scores(labels, found.cpu())["acc"]
+        if record["full_loss"] < best.loss:
+            best = Best(record["full_loss"], epoch + 1, head, copy.deepcopy(net.state_dict()))
+        run.end_epoch(record, n // batch * batch, stage="cluster", net=net, optimizer=optimizer,
+                      mined=[*mined], notes=notes, best=[*best])
+    print(f"the lowest loss on {args.select} has epoch {best.epoch} of step 2, head {best.head}")
+    notes["chosen"] = {"epoch": best.epoch, "head": best.head, "loss": best.loss}
+    k = len(best.net["head.0.bias"]) // args.heads
+    rows = slice(best.head * k, (best.head + 1) * k)
+    return {name: w[rows] if name.startswith("head.") else w for name, w in best.net.items()}, notes
+
+
+def complaint(found, clusters, threshold):
+    """What is wrong with a clustering, in words; '' where nothing is."""
+    members = torch.bincount(found.train, minlength=clusters)
+    sure = torch.bincount(found.train[found.train_confidence > threshold], minlength=clusters)
+    empty, unsure = (members == 0).sum(), ((members > 0) & (sure < .05 * members)).sum()
+    words = [f"{empty} of {clusters} clusters are empty"] if empty else []
+    words += [f"in {unsure} of {clusters} clusters fewer than 5 % of the images are above "
+              f"--threshold {threshold}"] if unsure else []
+    return " and ".join(words)
 
 
 def plateau(log, patience):
@@ -490,195 +605,300 @@ def plateau(log, patience):
     return 0 < patience < len(shares) and max(shares[-patience:]) < max(shares[:-patience]) + .001
 
 
-def self_label(args, run, kept, net, images, labels, views, device):
-    """Step 3, Sec. 2.3: what the network is sure of teaches it strong views. labels: for print."""
+def self_label(args, run, net, notes, images, labels, views, device):
+    """Step 3, Sec. 2.3: what the network is sure of teaches it strong views. labels: to be printed
+    alone. -> notes"""
     optimizer = torch.optim.Adam(net.parameters(), args.self_label_lr, fused=True,
                                  weight_decay=args.weight_decay)
-    forward, clock = begin(args, kept, net, optimizer, device)
-    batch = min(args.self_label_batch, len(images))
+    kept = enter(run, "self-label", net, optimizer, notes=notes,
+                 given=copy.deepcopy(net.state_dict()))
+    notes, given = kept["notes"], kept["given"]
+    forward = torch.compile(net) if args.compile else net
+    n, batch = len(images), min(args.self_label_batch, len(images))
+    began = (0 if args.pretext else args.epochs) + args.cluster_epochs
+    last = 0 if notes["left_out"] else args.self_label_epochs
 
     def pair(x, rng):
         return views["none"](x, rng), views[args.self_label_views](x, rng)
-    for epoch in range(run.epoch - kept["began"], args.self_label_epochs):
+    for epoch in range(run.epoch - began, last):
         if plateau(run.log, args.patience):
-            return
-        meter = Meter(f"self-label, epoch {epoch + 1}", optimizer, len(images) // batch)
+            break
+        meter = Meter(f"scan, self-label, epoch {epoch + 1}", n // batch)
         rng, skipped = generator(args.seed, epoch, "self-label"), 0
-        found = torch.full((len(images),), -1)
-        for part, weak, strong in batches(
-                images, torch.arange(len(images)), batch, pair, rng, device, clock):
-            with autocast(device):
-                net.train(args.weak_pass == "train")               # D10
-                with torch.no_grad():
-                    weak = forward(weak)[:, 0]                                          # BxK
-                net.train()
-                strong = forward(strong)[:, 0]                                          # BxK
-            loss, confident = self_label_loss(weak, strong, args.threshold)
-            if confident:                                          # the one synchronisation
-                step(optimizer, loss)
+        found = torch.full((n,), -1, device=device)
+        for part, weak, strong in batches(images, torch.arange(n), batch, pair, rng, device):
+            # In train mode BatchNorm would normalise plain images by their own statistics, not by
+            # those of strong views, which the weights know; and it would learn from them (D10).
+            net.train(args.weak_pass == "train")
+            with torch.no_grad(), autocast(device):
+                weak = forward(weak)[:, 0]                                              # BxK
+            net.train()
+            found[part] = weak.argmax(1)
+            loss, confident = self_label_loss(weak, weak, args.threshold)
+            # A look before the strong pass: with nobody sure, not even BatchNorm may learn from
+            # it. This is the one wait for the device that a step has.
+            if confident:
+                with autocast(device):
+                    strong = forward(strong)[:, 0]                                      # BxK
+                loss, confident = self_label_loss(weak, strong, args.threshold)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             skipped += int(confident == 0)
             meter.add(loss=loss, confident=confident / batch)
-            found[part] = weak.argmax(1).cpu()
-        seen = found >= 0
+        found, seen = found.cpu(), found.cpu() >= 0
         record = {"stage": "self-label", **meter.means(), "skipped": skipped,
                   "clusters": len(found[seen].unique())}
         if labels is not None:
             record["acc"] = cluster_scores(labels[seen], found[seen])["acc"]
-        run.end_epoch(record, len(images) // batch * batch, clock, optimizer, {
-            **kept, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
+        run.end_epoch(record, n // batch * batch, stage="self-label", net=net,
+                      optimizer=optimizer, notes=notes, given=given)
+    if last and not any(r["confident"] for r in run.log if r["stage"] == "self-label"):
+        print("step 3 met no confident image: the network stays as step 2 left it")
+        net.load_state_dict(given)
+    return notes
 
 
-def scored(name, table, net, run, clusters, statistics, device):
-    """After a step: -> its Clustering; pictures; with labels a row for the table."""
-    data, p = run.data, []
-    for split in (data.train, data.test) if data.has_test else (data.train,):
-        p.append(embed(net, split.images, statistics, device)[:, 0].softmax(1).max(1))
-    p = [p[0], p[-1]]
-    found = Clustering(*(q.indices.cpu() for q in p), *(q.values.cpu() for q in p))
-    save_cluster_pictures(run.folder, data, found)
-    lost = clusters - len(found.train.unique())
-    if lost:
-        print(f"WARNING: {lost} of {clusters} clusters are empty after step {name}; step 3 cannot "
-              f"bring them back. Give step 2 more epochs, or ask for fewer --clusters")
+def clusters_of(net, data, statistics, device):
+    """-> Clustering of all images by a network with one head"""
+    return clustering(*(logits[:, 0].softmax(1)
+                        for logits in embed_both(net, data, statistics, device)))
+
+
+def report(args, run, untrained, index, clusters, statistics, net, size, found, notes, device):
+    """All steps beside two baselines; model.pt, which is all that assign() needs."""
+    data, table, names, scores = run.data, {}, [], notes.pop("scores")
     if data.classes:
-        seen, over = data.train.labels >= 0, data.has_test and clusters > len(data.classes)
-        votes = (data.train.labels[seen], found.train[seen]) if over else None
-        table[name] = cluster_scores(data.test.labels, found.test, votes)
-        print_row(name, table[name])
-    return found
-
-
-def warn_of_unsure_clusters(found, clusters, threshold):
-    """Before step 3, which may lose a cluster with hardly any confident image: see the note."""
-    sure = found.train[found.train_confidence > threshold]
-    unsure = (torch.bincount(sure, minlength=clusters)
-              < .05 * torch.bincount(found.train, minlength=clusters)).sum()
-    if unsure:
-        print(f"WARNING: in {unsure} of {clusters} clusters fewer than 5 % of the images are above "
-              f"--threshold {threshold}: step 3 may lose them; --self-label-epochs 0 leaves it out")
-
-
-def hand_over(args, run, net, learn, labels, part, clusters, statistics, device):
-    """From step 1 to 2: k-means on the features for comparison, and the neighbours, mined once.
-    They live in the checkpoint, so they are never stale. Labels serve print and one ablation."""
-    data, kept = run.data, {"neighbour_accuracy": {}}
-    h = [embed(net.backbone, s.images, statistics, device) for s in (data.train, data.test)]
-    if not args.pretext:                                           # for --pretext: steps 2 and 3
-        save_atomically(run.folder / "pretext.pt", on_cpu(net.backbone.state_dict()))
-    kept["table"] = {"pretext + k-means": evaluate(*h, data, clusters, args.seed, part)[0]}
-    neighbours = mine(F.normalize(embed(net, learn, statistics, device), dim=1), args.neighbours)
-    shown = torch.linspace(0, len(learn) - 1, min(12, len(learn))).long()
-    images, near = learn.cpu(), neighbours[shown, :6]              # a row each: image, five nearest
-    save_picture(run.folder / "neighbours.png", beside(*(
-        grid(images[column], 1, 64) for column in near.t())))
-    if data.classes:
-        print_row("pretext + k-means", kept["table"]["pretext + k-means"]["kmeans"])
-    if data.classes and args.neighbours:
-        right = (labels[neighbours[:, 1:]] == labels[:, None]).float()
-        kept["neighbour_accuracy"] = {f"top-{k}": right[:, :k].mean().item() for k in (1, 5, 20)
-                                      if k <= args.neighbours}
-        print("neighbours of the same class: " + ", ".join(
-            f"{k} {v:.3f}" for k, v in kept["neighbour_accuracy"].items()))
-    if args.true_neighbours:
-        print("WARNING: --true-neighbours drops false neighbours BY THEIR LABELS: an upper bound "
-              "of the method, not a result of it", file=sys.stderr)
-        neighbours = only_true(neighbours, labels)
-    if args.select == "test":                                      # as released: five of each
-        z = F.normalize(embed(net, data.test.images, statistics, device), dim=1)
-        kept["judge"] = mine(z, min(5, len(z) - 1)).int()
-    return {**kept, "neighbours": neighbours.int()}
-
-
-def report(args, run, data, untrained, part, clusters, statistics, net, found, kept, views, device):
-    """All steps beside two baselines; pictures."""
-    table = {}
-    if data.classes:
-        table = baselines(data, untrained, statistics, clusters, args.seed, part, device)
-        table.update(kept["table"])
+        table = baselines(data, untrained, statistics, clusters, args.seed, index, device)
+        if args.pretext in MODELS:
+            table["mean colour"] = table.pop("random network")
+        table.update(scores)
         print_scores(table, data)
-        print("  SCAN loss, + self-label: learned from train without labels, scored on "
-              f"{'test' if data.has_test else 'the same images'}")
-    raw, rng = fetch(data.train.images, part[:8], torch.device("cpu")), generator(0, 0, "picture")
-    fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
-    save_views(run.folder / "views.png", raw, fed, statistics)
-    run.finish(table, net.backbone, found, chosen=kept["chosen"],
-               neighbour_accuracy=kept["neighbour_accuracy"])
+        match = score(data, found, clusters)["classes"] + [-1] * clusters
+        names = [data.classes[c] if c >= 0 else "" for c in match[:clusters]]
+    wrong = complaint(found, clusters, args.threshold)
+    if wrong:
+        print(f"WARNING: in the result {wrong}: give step 2 more --cluster-epochs, or ask for "
+              f"fewer --clusters")
+    model = args.pretext if args.pretext in MODELS else ""
+    save_atomically(run.folder / "model.pt", {
+        "build": [model, size, args.width, args.stem_stride, clusters], "net": net.state_dict(),
+        "statistics": [*statistics], "decoding": data.decoding, "map": names})
+    run.finish(table, net.backbone[1] if model else net.backbone, found, statistics, map=names,
+               **notes)
 
 
 def train(args):
+    if args.pretext in MODELS:
+        return train_heads(args)
     # 1. The data, checked before anything is written.
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
+    device, data, index, clusters = prepare(args, DEFAULTS)
     n, size = len(data.train.images), data.train.images.shape[-1]
-    index = subset(data.train.labels, n, 1, args.train_size, args.seed)
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
-    args.cutout = args.cutout or (size // 2 if size <= 64 else size // 3)
-    clusters = check_sizes(args, data, len(index))
     # STL-10: steps 2 and 3 learn from the 5,000 images of its train split, step 1 from all.
     part = index[data.train.labels[index] >= 0] if data.name == "stl10" else index
     labels = data.train.labels[part] if data.classes else None
-    if args.neighbours is None:
-        most = 200 if data.name == "shapes" else 20                # D8
-        args.neighbours = max(1, min(most, len(part) // (3 * clusters)))
-    if args.neighbours >= len(part):
-        raise UserError(f"--neighbours {args.neighbours}: an image has {len(part) - 1:,} others")
-    if args.true_neighbours and labels is None:
-        raise UserError(f"--true-neighbours needs labels, and {args.dataset} has none")
+    choose_neighbours(args, len(part), clusters, 200 if data.name == "shapes" else 20)          # D8
+    epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
+    run = Run(args, "scan", data, epochs)
     torch.manual_seed(args.seed)
     backbone = resnet18(size, args.width, args.stem_stride)
-    weights = read_backbone(args.pretext, backbone, args, data) if args.pretext else None
-    epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
-    with Run(args, "scan", data, epochs) as run:
-        # 2. The network, and the state of an interrupted run.
-        backbone, untrained = backbone.to(device), copy.deepcopy(backbone).to(device)
-        if args.pretext:
-            backbone.load_state_dict(weights, strict=True)
+    untrained = copy.deepcopy(backbone).to(device)                 # a baseline of the report
+    if args.pretext and not run.state:                             # else the checkpoint has it all
+        load_backbone(args.pretext, backbone, args, data)
+    backbone.to(device)
+    with run:
+        # 2. Images and views, and the step in which a run was interrupted.
         statistics = pixel_statistics(data.train.images)
         views = make_views(args, size, statistics)
         images = data.train.images if len(index) == n else data.train.images[index]
         images = to_device(images, device)
         learn = images if len(part) == len(index) else to_device(data.train.images[part], device)
-        kept = run.load() or {"stage": "pretext"}
+        stage, mined, notes = run.state.get("stage", "pretext"), None, None
         print(f"scan on {data.name}: {len(part):,} images, {clusters} clusters, "
               f"{describe(backbone, size)}; {device}, {fast_dtype(device)}; {run.folder}")
-        # 3. Step 1, and the neighbours.
-        if kept["stage"] == "pretext":
-            net = Network(backbone, nn.Identity()) if args.pretext else \
-                pretext(args, run, kept, backbone, images, views, device)
-            kept = {"stage": "cluster", "began": run.epoch, **hand_over(
-                args, run, net, learn, labels, part, clusters, statistics, device)}
+        # 3. Step 1, k-means on its features for comparison, and the neighbours.
+        if stage == "pretext":
+            if args.pretext:
+                net = Network(backbone, nn.Identity())
+            else:
+                net = pretext(args, run, backbone, images, views, device)
+                save_atomically(run.folder / "pretext.pt", backbone.state_dict())
+            h = embed_both(backbone, data, statistics, device)
+            scores, _ = evaluate(*h, data, clusters, args.seed, part)
+            seen = [learn, data.test.images][:1 + (args.select == "test")]
+            z = [embed(net, x, statistics, device) for x in seen]
+            mined, shares = mine_neighbours(args, run, z, learn, labels)
+            notes = {"scores": {"pretext + k-means": scores}, "neighbour_accuracy": shares}
         # 4. Step 2. Its best head goes on alone.
-        if kept["stage"] == "cluster":
-            torch.manual_seed(args.seed)
-            heads = cluster_heads(8 * args.width, args.heads, clusters)
-            judge = (learn, kept["neighbours"].long(), labels) if args.select == "train" else \
-                (data.test.images, kept["judge"].long(), data.test.labels)
-            best = cluster(args, run, kept, Network(backbone, heads).to(device), learn, judge,
-                           statistics, views, device)
-            rows = slice(best["head"] * clusters, (best["head"] + 1) * clusters)
-            state = {k: v[rows] if k.startswith("head.") else v for k, v in best["net"].items()}
-            kept = {"stage": "self-label", "began": run.epoch, "net": state, "table": kept["table"],
-                    "neighbour_accuracy": kept["neighbour_accuracy"],
-                    "chosen": {k: best[k] for k in ("epoch", "head", "loss")}}
-            print(f"step 2: epoch {best['epoch']}, head {best['head']} has the lowest loss on "
-                  f"{args.select}")
         net = Network(backbone, cluster_heads(8 * args.width, 1, clusters)).to(device)
-        if "SCAN loss" not in kept["table"]:
-            net.load_state_dict(kept["net"])
-            found = scored("SCAN loss", kept["table"], net, run, clusters, statistics, device)
-            if args.self_label_epochs:
-                warn_of_unsure_clusters(found, clusters, args.threshold)
+        if stage != "self-label":
+            torch.manual_seed(args.seed)
+            heads = Network(backbone, cluster_heads(8 * args.width, args.heads, clusters))
+            judges, truth = (learn, labels) if args.select == "train" else data.test[:2]
+
+            def pair(x, rng):                                      # x (B, 2, 3, H, W)
+                return views["strong"](x[:, 0], rng), views["strong"](x[:, 1], rng)
+            weights, notes = cluster(
+                args, run, heads.to(device), mined, notes,
+                lambda index, batch, rng: batches(learn, index, batch, pair, rng, device),
+                lambda heads: embed(heads, judges, statistics, device), truth)
+            net.load_state_dict(weights)
+            found = clusters_of(net, data, statistics, device)
+            if data.classes:
+                notes["scores"]["SCAN loss"] = score(data, found, clusters)
+                print_scores(notes["scores"], data)
+            wrong = complaint(found, clusters, args.threshold)
+            notes["left_out"] = bool(wrong) and args.unsafe == "stop"
+            if wrong and args.self_label_epochs:
+                then = "is left out (--unsafe go runs it)" if notes["left_out"] else "may lose them"
+                print(f"WARNING: after step 2 {wrong}: step 3 {then}")
         # 5. Step 3.
-        if args.self_label_epochs:
-            self_label(args, run, kept, net, learn, labels, views, device)
-            found = scored("+ self-label", kept["table"], net, run, clusters, statistics, device)
+        notes = self_label(args, run, net, notes, learn, labels, views, device)
+        found = clusters_of(net, data, statistics, device)
+        if args.self_label_epochs and not notes["left_out"] and data.classes:
+            notes["scores"]["+ self-label"] = score(data, found, clusters)
         # 6. The report: labels are used from here on, and before it only to be printed.
-        report(args, run, data, untrained, part, clusters, statistics, net, found, kept, views,
-               device)
+        raw, rng = fetch(data.train.images, part[:8], device), generator(0, 0, "picture")
+        fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
+        save_views(run.folder / "views.png", raw, fed, statistics)
+        report(args, run, untrained, part, clusters, statistics, net, size, found, notes, device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. The ImageNet protocol (Sec. 3.5), and images that come later
+
+def read_frozen(args, device):
+    """-> frozen backbone, whether its weights have learned from labels, its pixel statistics and
+    image size, Dataset, its features of training and test images"""
+    weights = torchvision.models.get_model_weights(args.pretext).DEFAULT
+    about = weights.transforms()                                   # the size, mean and std it wants
+    size = args.image_size or about.crop_size[0]
+    statistics = tuple(torch.tensor(v).view(1, 3, 1, 1) for v in (about.mean, about.std))
+    file = args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not args.weights:
+        try:
+            weights.get_state_dict(check_hash=True)                # downloads the file once
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{weights.url} could not be downloaded ({one_line(error)}): put it in "
+                            f"{file.parent}, or name a file with --weights") from None
+    backbone, last, shape = frozen_backbone(args.pretext, size)
+    classifier = load_weights(file, backbone[1], last).get(f"{last}.weight")
+    supervised = classifier is not None and classifier.shape == shape
+    backbone.to(device)
+
+    def network(images):
+        return embed(backbone, images, statistics, device, batch_size=64).cpu()
+    try:
+        network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--image-size {size}: {args.pretext} refuses it: {one_line(error)}"
+                        ) from None
+    key = f"{args.pretext}-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}"
+    own = None if args.dataset in IN_MEMORY else size              # the network resizes batches
+    data, features = read_with(network, key, args, own, args.fit)
+    return backbone, supervised, statistics, size, data, features
+
+
+def read_with(network, key, args, size, fit, decoding=None):
+    """Read the data set and pass its images through a network that stays as it is: those of a
+    folder while they are read, so that only thumbnails and outputs are kept. size: None leaves sets
+    in memory at their own size. -> Dataset, outputs for training and test images"""
+    data = load_dataset(args.dataset, args.data_dir, size, classes=args.classes, fit=fit,
+                        unlabelled=args.unlabelled, labelled=args.labelled, out=args.out,
+                        decoding=decoding, network=(key, network))
+    return data, [network(s.images) if s.features is None else s.features
+                  for s in (data.train, data.test)]
+
+
+def train_heads(args):
+    """Step 2 with a frozen backbone that others trained (D9). Its features are computed once, while
+    the images are read; only heads learn."""
+    device = pick_device(args.device)
+    backbone, supervised, statistics, size, data, features = read_frozen(args, device)
+    index = subset(data.train.labels, len(data.train.images), args.train_size, args.seed)
+    if args.clusters is None and data.classes is None:
+        raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
+    clusters = args.clusters or len(data.classes)
+    if clusters > len(index):
+        raise UserError(f"--clusters {clusters}: there are only {len(index):,} training images")
+    labels = data.train.labels[index] if data.classes else None
+    choose_neighbours(args, len(index), clusters, 50)
+    with Run(args, "scan", data, args.cluster_epochs) as run:
+        h, test_h = (x.to(device) for x in features)                            # NxD, MxD
+        learn, mined, notes = h[index.to(device)], None, None
+        scale = backbone.append(Scale(h.shape[1]).to(device))[-1]
+        scale.mean, scale.std = learn.mean(0), learn.std(0).clamp(min=1e-6)
+        x, test_x = scale(learn), scale(test_h)
+        print(f"scan on {data.name}: {len(x):,} images, {clusters} clusters, {args.heads} heads on "
+              f"{x.shape[1]} features of {args.pretext}, {args.neighbours} neighbours; {device}; "
+              f"{run.folder}")
+        scores, by_kmeans = evaluate(h, test_h, data, clusters, args.seed, index)
+        if not run.state:
+            seen = data.train.images[index]
+            mined, shares = mine_neighbours(args, run, [learn, test_h], seen, labels)
+            notes = {"scores": {f"{args.pretext} + k-means": scores}, "labels_seen": supervised,
+                     "neighbour_accuracy": shares}
+
+        def pairs(index, batch, rng):
+            order = index[torch.randperm(len(index), generator=rng)].to(device)
+            for part in order.split(batch)[:len(order) // batch]:
+                yield part, x[part[:, 0]], x[part[:, 1]]
+        judges, truth = (x, labels) if args.select == "train" else (test_x, data.test.labels)
+        torch.manual_seed(args.seed)
+        heads = Network(nn.Identity(), cluster_heads(x.shape[1], args.heads, clusters)).to(device)
+        best, notes = cluster(args, run, heads, mined, notes, pairs,
+                              lambda heads: heads(judges).detach(), truth)
+        net = Network(backbone, cluster_heads(x.shape[1], 1, clusters)).to(device)
+        net.load_state_dict({**net.state_dict(), **best})
+        found = clustering(*(net.head(scale(v))[:, 0].detach().softmax(1) for v in (h, test_h)))
+        # The report. Labels are used from here on, and before it only to be printed.
+        if data.classes:
+            notes["scores"]["SCAN heads"] = score(data, found, clusters)
+        same = cluster_scores(by_kmeans.train, found.train)["ari"]
+        print(f"k-means on the same features: its clusters have an ARI of {same:.3f} to these.\n"
+              f"Step 3 is left out: it would train the whole network.\nThe weights came " + (
+                  "with a classifier, so they learned from labels: this is not unsupervised."
+                  if supervised else "without a classifier: they count as learned without labels."))
+        colour = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())       # a second baseline
+        report(args, run, colour, index, clusters, statistics, net, size, found, notes, device)
+
+
+def assign(args):
+    """--assign: the clusters of a finished run for other images. Nothing is trained."""
+    file, device = Path(args.assign, "model.pt"), pick_device(args.device)
+    try:
+        model = load_checked(file)
+        net = build_network(*model["build"])
+        net.load_state_dict(model["net"], strict=True)
+        statistics, decoding, names = model["statistics"], model["decoding"], model["map"]
+    except (OSError, Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--assign {one_line(args.assign)}: {one_line(error)}") from None
+    net.to(device)
+
+    def network(images):
+        return embed(net, images, statistics, device, batch_size=64)[:, 0].softmax(1).cpu()
+    key = f"assign-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    name, size, *_, clusters = model["build"]
+    own = None if name in MODELS and args.dataset in IN_MEMORY else size
+    data, p = read_with(network, key, args, own, decoding.get("fit", "crop"), decoding)
+    found = clustering(*p)
+    with Run(args, "assign", data) as run:
+        save_clusters(run.folder, data, found, clusters)
+        if data.classes:                                           # save_clusters made no sheets
+            save_sheets(run.folder, data, found, clusters)
+        result = {"method": "assign", "model": str(file), "map": names}
+        print(*(f"cluster {c} is mostly {name}" for c, name in enumerate(names) if name), sep="\n")
+        if set(names) & set(data.classes or []):
+            right = [data.classes[y] == names[c] for y, c in zip(data.test.labels, found.test)]
+            result["acc"] = sum(right) / len(right)
+            print(f"ACC {result['acc']:.3f} on {len(right):,} images, by these names")
+        write_text(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
 
 
 def main(argv=None):
-    run_script(train, parse(argv))
+    args = parse(argv)
+    run_script(assign if args.assign else train, args)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,29 @@ r"""SCL: deep clustering by semantic contrastive learning
 After: Jiabo Huang, Shaogang Gong. Deep Clustering by Semantic Contrastive Learning. BMVC 2022.
 arXiv 2103.02662
 
-This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written, so
-no formula here is quoted and no figure of the paper is claimed; what we chose is numbered (D1...).
-Someone with the paper at hand should be able to correct one function and keep the rest.
+This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
+no formula here is quoted and no figure of the paper is claimed. What we chose is numbered (D1...).
+Someone with the paper at hand should be able to correct one function and keep the others.
 
-The idea. Instance discrimination pushes every image away from every other, those of its own class
-too, so clusters found afterwards cut through classes. Here clusters are part of the training: an
-image is pushed away from the images of other clusters alone, and pulled to its neighbours in its
-own. Its cluster is predicted twice, by the images it resembles and by a classifier's boundaries; a
-loss makes the two agree. Where they agree is the cluster that the next step contrasts by.
+The idea. Instance discrimination pushes every image away from every other image, also from those of
+its own class. So clusters that are found afterwards cut through classes. Here clusters are part of
+the training: an image is pushed away from images of other clusters alone. Its cluster is predicted
+twice, by the images that it resembles and by the boundaries of a classifier. A loss makes the two
+agree, and their product chooses the cluster that the next step contrasts by.
 
-          view 1             .-> g -> x ---> against M: own row and P_i | other clusters    L_sem
-        /       \            |         |---> pv, votes of the members of each cluster --.
-    image        -> f -> h --+         '---> M, for the next steps                     agree  L_con
-        \       /            |                                                          |
-          view 2             '-> W --------> ps, even over the batch (L_bal) -----------+
-                                                                                        |
-          clusters c of the batch <- argmax_k pv ps, in every step <--------------------'
+                             .--> the batch: the other view | images of other clusters    L_sem
+         view 1             |
+        /      \      g -> z +--> the memory M: own row, P_i | rows of other clusters   w L_sem
+    image       -> f <      |
+        \      /      |      '--> votes of the clusters of M: pv --.
+         view 2       |                                             +-- agree           a L_con
+                      W ------> boundaries of the classifier: ps --'    ps: even use    b L_bal
+
+    after each step, for the images of the batch:  c <- argmax_k pv_k ps_k,  M <- z
 
     what the abstract says                            what stands here
-    instance discrimination is blind to classes, so   the warm-up and the baseline: --contrast
-      clusters found after it miss their boundaries     instance --alpha 0, k-means at the end
+    instance discrimination is blind to classes, so   the warm-up; the baseline is --contrast
+      clusters found after it miss their boundaries     instance --alpha 0, then k-means
     a cluster structure by distance, imposed by a     semantic_contrastive_loss: positives and
       contrast that knows clusters                      negatives depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
@@ -31,57 +33,32 @@ loss makes the two agree. Where they agree is the cluster that the next step con
     hypotheses of the classes on the fly, by the      consensus, in every step
       consensus of both
 
-    symbol    in the code       shape    meaning
-    h         h                 B x 8w   backbone features
-    x         x                 2B x 128 embeddings of both views, unit length
-    M, m_j    memory            N x 128  an embedding of each training image, unit length
-    s         similarity        2B x N   cosines x M^T, computed once in a step
-    c         clusters          N        cluster of each training image
-    P_i       positives         <= k     nearest rows of the memory in the own cluster
-    pv, ps    pv, ps            2B x K   visual and boundary prediction
-    W         classifier        K x 8w   on h
-    tau, T    --tau, --memory-tau        temperature in the batch; of the memory
-    w, a, b   --memory-weight, --alpha, --beta   L = L_sem + w L_sem(M) + a L_con + b L_bal
+    symbol    in the code      shape     meaning
+    h         h                2B x D    backbone features of both views, D = 8 * --width
+    z         z                2B x 128  embeddings of both views, of unit length
+    M, m_j    memory           N x 128   one row for each training image, of unit length
+    c         clusters         N         cluster of each training image, one of K
+    P_i       neighbours       N x P     nearest rows of each row, P = --positives
+    e         e                2B x N    similarity to each candidate: exponentials, rows sum to 1
+    S         votes            2B x K    e, summed over the members of each cluster
+    pv, ps    pv, ps           2B x K    visual and boundary prediction
+    W         classifier       K x D     on h
+    w, a, b   --memory-weight, --alpha, --beta:  L = L_sem(batch) + w L_sem(M) + a L_con + b L_bal
 
 Differences from the paper, as far as they can be known: choices of ours
-    D1  L_sem stands twice in L: between the two views of the batch (the own candidate is the other
-        view) and, with weight w, against the memory. With c_j = j the first is NT-Xent and the
-        second is instance discrimination with a memory bank.
-    D2  The first 70 % of the epochs are a warm-up with c_j = j; then the learning rate restarts.
-        The baseline keeps c_j = j to the end and restarts too.
-    D3  The first clusters come from k-means on the memory. It runs once; from there on consensus
-        moves every image in every step.
-    D4  W is fitted to the first clusters, by logistic regression, before it votes.
-    D5  Views: crop, flip, colour jitter, grey; no blur. Optimizer and schedule are ours.
-    D6  The members of a cluster vote with their mean, not with their sum (--vote sum), by which
-        large clusters win images for being large.
-    D7  The consensus asks how an image's row of the memory is voted, not its views of this step;
-        the losses use the views.
-    D8  b L_bal, an even use of the clusters by the batch, is not in the abstract.
+    D1  L_sem stands twice in L, against the batch and against the memory.
+    D2  In the first 70 % of the epochs each image is its own cluster. Then the learning rate starts
+        again. The baseline keeps c_j = j to the end, and its learning rate starts again too.
+    D3  The first clusters come from k-means on the memory, which runs once. After that, each step
+        chooses the clusters of its batch anew; the other images keep theirs.
+    D4  W is fitted to the first clusters, by logistic regression, before it takes part.
+    D5  P_i is found once, with the first clusters.
+    D6  A cluster's vote is the mean over its members. By the sum, large clusters win by size.
+    D7  L_bal, an even use of the clusters, is not in the abstract. Views, optimizer: ours too.
 
-ACC on test after the last epoch, seeds 0, 1, 2. The baseline is --contrast instance --alpha 0, its
-learning rate restarts too (D2), with k-means on h, as everywhere here, or on x:
-
-                                   shapes              fashion-mnist, 10,000   cifar10-jpeg, 10,000
-    baseline, k-means on h         .969  .961  .880    .582  .624  .629        .276
-    baseline, k-means on x         .984  .967  .972    .650  .639  .662        .278
-    SCL, visual prediction         .904  .988  .990    .656  .669  .667        .273
-    SCL, boundary prediction       .902  .989  .988    .658  .671  .669        .272
-
-    shapes: python scl.py --seed 0 (about 100 s on one CPU core); the fresh seed 3: .994, .993
-    fashion-mnist: --train-size 10000 --width 16 --stem-stride 2 --batch-size 64 --epochs 14
-        --warmup .3, chosen by seed 3 on training images that it does not learn from; in the mean
-        NMI .618 and ARI .508, baseline on x .571 and .462, on h .547 and .432
-    cifar10-jpeg, seed 0: the same but --epochs 12 and the default warm-up
-
-It wins in every seed of Fashion-MNIST. There the warm-up matters: with --warmup .6 SCL had .644
-.619 .659 and the baseline, on x, .645 .669 .639. On shapes it wins but in seed 0, where discs and
-squares share two clusters at the end (an earlier run, other by rounding alone, had .995 .994 .994
-and .980 .975 .979). On CIFAR-10, at this size, it changes nothing. In the mean the baseline's kNN
-is the higher one on both real sets.
-Ablations on shapes, seed 0 of that run, near the ceiling, visual prediction: .995, the same with
---positives 0 and with --beta 0; .989 with --alpha 0 --positives 0; .986 with --contrast instance.
-Not run: the other seeds of these, --vote sum, a GPU, the other data sets, --split all.
+    python scl.py                                 # ten kinds of shapes, on a laptop
+    python scl.py --dataset cifar10               # 200 epochs, meant for one GPU: not run
+    Result: not run with this code; the commands stand in section 6.
 """
 import copy
 import math
@@ -90,58 +67,81 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Clock, Clustering, Meter, Parser, Run, Split, autocast, baselines, batches,
-                    beside, check_sizes, cluster_scores, color_jitter, cosine_lr, describe, embed,
-                    evaluate, fast_dtype, fetch, generator, heatmap, kmeans, load_dataset,
-                    normalise, number, pick_device, pixel_statistics, print_scores,
-                    random_grayscale, random_resized_crop, resnet18, run_script, save_picture,
-                    save_views, set_lr, step, subset, to_device)
+from common import (Meter, Parser, Run, autocast, baselines, batches, beside, clustering,
+                    color_jitter, cosine_lr, describe, embed, embed_both, evaluate, fast_dtype,
+                    fetch, generator, heatmap, kmeans, logistic_regression, normalise, number,
+                    pixel_statistics, prepare, print_scores, random_grayscale,
+                    random_resized_crop, resnet18, run_script, save_picture, save_views, score,
+                    set_lr, to_device)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
+# Anchors are the views of the batch. Candidates are the same views, or the rows of the memory. One
+#    product gives all cosines, one softmax gives e, and everything below is read off e.
+# Which loss trains what: L_sem trains z. L_con trains both predictions, z by pv and W by ps. L_bal
+#    trains ps alone. All of them train f.
+# How an anchor is kept from being its own candidate: in the batch it is a member of its own
+#    cluster, and such members are neither pulled nor pushed. Its row of the memory is pulled, but
+#    has no vote: it would vote for the cluster that the image already has.
+# What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
+#    minimum, and L_con can be 0 too. Only L_bal speaks against it, which is ln K then, its maximum.
+#    Votes by the mean (D6) and a start from k-means (D3) keep the training away from that point.
+# Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
+#    cluster. That is too few for votes, and its nearest neighbours are hardly ever among them.
 
 
-def semantic_contrastive_loss(similarity, own, clusters, tau, positives=0):
-    """L_sem = -mean_i log  sum_{j in {o_i} u P_i} e_ij
-                           / ( sum_{j in {o_i} u P_i} e_ij + sum_{j: c_j != c_i} e_ij )
+def exponentials(z, candidates, tau):
+    """e_ij = exp(s_ij / tau) / sum_l exp(s_il / tau),   s_ij = z_i . m_j
 
-    e_ij        exp(s_ij / tau); similarity s (B, N): cosines of B anchors to N candidates, the
-                rows of the memory or the other images of the batch
-    own         o (B,): the candidate that shows the anchor's own image; its cluster is c_i
-    clusters    c (N,): integer cluster of each candidate
-    positives   k: P_i are the k most similar other members of the own cluster, or all where there
-                are fewer. Members beyond P_i are neither pulled nor pushed
-
-    -> scalar >= 0, lower is better. With c_j = j it is instance discrimination: ln N when all are
-    equally similar. With one cluster nothing is pushed: 0, up to rounding."""
-    s = similarity / tau                                                        # BxN
-    pushed = clusters != clusters[own][:, None]                                 # BxN
-    pulled, missing = own[:, None], torch.zeros_like(own, dtype=torch.bool)[:, None]
-    if positives:
-        others = s.detach().masked_fill(pushed, -math.inf).scatter_(1, own[:, None], -math.inf)
-        nearest = others.topk(min(positives, s.shape[1]), 1, sorted=False)      # Bxk
-        pulled = torch.cat([pulled, nearest.indices], 1)                        # Bx(1 + k)
-        missing = torch.cat([missing, nearest.values.isinf()], 1)               # fewer than k
-    either = pushed.scatter(1, pulled, True)                       # what is missing is pushed
-    log_p = s.masked_fill(~either, -math.inf).log_softmax(1)                    # BxN
-    return -log_p.gather(1, pulled).masked_fill(missing, -math.inf).logsumexp(1).mean()
+    z (B, D) anchors, candidates (N, D), rows of unit length. -> (B, N), rows sum to 1. The divisor
+    cancels in both formulas below; it keeps exp from overflowing."""
+    return (z / tau @ candidates.t()).softmax(1)
 
 
-def visual_prediction(similarity, clusters, k, tau, own=None, vote="sum"):
-    """pv_ic = sum_{j: c_j = c} exp(s_ij / tau) / sum_j exp(s_ij / tau)
+def cluster_votes(e, clusters, k, own=None):
+    """S_ik = sum_{j: c_j = k, j != o_i} e_ij
 
-    The cluster of an image by what it looks like: the share of its similarity to the memory that
-    falls to the members of each cluster. similarity s (B, N), clusters c (N,) in 0..k-1; own (B,):
-    rows of the images themselves, which get no vote. vote "mean": the sum of each cluster is
-    divided by its size, then all by their total (D6). -> (B, k), rows sum to 1; an empty cluster
-    gets 0."""
-    s, members = similarity / tau, F.one_hot(clusters, k).to(similarity.dtype)  # BxN, Nxk
+    e (B, N), clusters c (N,) in 0..K-1, k: K. own o (B,): the candidate that shows the anchor's own
+    image, which has no vote; None: all vote. -> (B, K)"""
     if own is not None:
-        s = s.scatter(1, own[:, None], -math.inf)
-    if vote == "mean":
-        members = members / members.sum(0).clamp(min=1)
-    votes = s.softmax(1) @ members                                              # Bxk
-    return votes / votes.sum(1, keepdim=True)
+        e = e.scatter(1, own[:, None], 0)
+    return e.new_zeros(len(e), k).index_add(1, clusters, e)
+
+
+def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
+    """L_sem = -mean_i log pulled_i / (pulled_i + pushed_i)
+
+    pulled_i = sum_{j in {o_i} u P_i, c_j = c_i} e_ij      the own image and near ones like it
+    pushed_i = sum_{k != c_i} S_ik                         all members of all other clusters
+
+    e           (B, N) from exponentials; votes S (B, K) from cluster_votes
+    own         o (B,): the candidate that shows the anchor's own image; its cluster is c_i
+    clusters    c (N,): cluster of each candidate, in 0..K-1
+    neighbours  P_i (B, P): candidates near the anchor, without o_i. Those of other clusters do not
+                count; None: there are none
+
+    -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
+    pushed. With c_j = j, S is e itself, and the loss is instance discrimination: ln N when all are
+    equally similar. With one cluster it is 0. An anchor costs at most 87, by the smallest float32;
+    between cosines, a tau below .03 can come to that."""
+    mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
+    near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
+    pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)                  # B
+    pushed = votes.scatter(1, mine, 0).sum(1)                                       # B
+    pulled, both = pulled.clamp(min=smallest), (pulled + pushed).clamp(min=smallest)
+    return (both.log() - pulled.log()).mean()
+
+
+def visual_prediction(votes, clusters):
+    """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the number of members of cluster k
+
+    The cluster of an image by what it looks like: how similar it is to the members of each cluster
+    in the mean (D6). votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum to 1;
+    an empty cluster gets 0."""
+    ones = torch.ones_like(clusters, dtype=votes.dtype)
+    size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)             # K
+    mean = votes / size.clamp(min=1)                                                # BxK
+    return mean / mean.sum(1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def consistency_loss(pv, ps):
@@ -153,29 +153,31 @@ def consistency_loss(pv, ps):
     return -((pv * ps).sum(1) + 1e-8).log().mean()
 
 
-def balance_loss(ps):
-    """L_bal = ln K - H(mean_i ps_i),   H(q) = -sum_k q_k ln q_k
+def balance_loss(logits):
+    """L_bal = ln K - H(q),   q_k = mean_i ps_ik,   H(q) = -sum_k q_k ln q_k,   ps = softmax(logits)
 
-    ps: (B, K) probabilities. -> scalar in [0, ln K], lower is better: 0 when the batch uses all
-    clusters equally, ln K when every image is in one cluster."""
-    usage = ps.mean(0)                                                          # K
-    return math.log(ps.shape[1]) - torch.special.entr(usage).sum()
+    logits: (B, K). -> scalar in [0, ln K], lower is better: 0 when the batch uses all clusters
+    equally, ln K when every image is in one cluster. ln q comes from log-probabilities: where q_k
+    is 0 in float32, the gradient of q ln q would be NaN."""
+    log_q = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))              # K
+    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum()
 
 
-def update_memory(memory, own, x, momentum):
-    """m_i <- normalise(momentum m_i + (1 - momentum) x_i),   for i in own
+def update_memory(memory, rows, z, momentum):
+    """m_i <- normalise(momentum m_i + (1 - momentum) z_i),   for i in rows
 
-    memory (N, D), x (B, D): unit rows; own (B,): their rows of the memory, all different. -> the
-    new memory, without gradient. Momentum 0 keeps the newest embeddings, 1 the oldest."""
-    mixed = momentum * memory[own] + (1 - momentum) * x.detach()
-    return memory.index_copy(0, own, F.normalize(mixed, dim=1))
+    memory (N, D), z (B, D), of unit length; rows (B,): where the images of z stand in the memory,
+    all different. -> the new memory, without gradient. Momentum 0 keeps the newest embeddings, 1
+    the oldest."""
+    mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
+    return memory.index_copy(0, rows, F.normalize(mixed, dim=1))
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. The network
 
 class Network(nn.Module):
-    """Backbone f, head g, classifier W. Images (B, 3, H, W) -> x (B, 128), logits (B, K)"""
+    """Backbone f, head g, classifier W. Images (B, 3, H, W) -> z (B, 128), logits (B, K)"""
 
     def __init__(self, backbone, features, clusters, dim=128):
         super().__init__()
@@ -185,7 +187,7 @@ class Network(nn.Module):
         self.classifier = nn.Linear(features, clusters)
 
     def embedding(self, h):
-        """Features (B, 8w) -> x (B, 128), of unit length; float32 from here on."""
+        """Features (B, D) -> z (B, 128), of unit length; float32 from here on."""
         return F.normalize(self.head(h).float(), dim=1)
 
     def forward(self, images):
@@ -193,51 +195,45 @@ class Network(nn.Module):
         return self.embedding(h), self.classifier(h).float()
 
 
-def fit_classifier(classifier, h, clusters, decay=1e-3):
-    """Give W the boundaries of the clusters, by logistic regression, in place (D4). h (N, 8w)
-    features, clusters (N,)."""
-    mean, std = h.mean(0), h.std(0).clamp(min=1e-6)
-    x = (h - mean) / std
-    w = x.new_zeros(x.shape[1] + 1, classifier.out_features).requires_grad_()
-    solver = torch.optim.LBFGS([w], max_iter=50, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        loss = F.cross_entropy(x @ w[1:] + w[0], clusters) + decay * w[1:].square().sum()
-        loss.backward()
-        return loss
-    solver.step(closure)
-    with torch.no_grad():                                          # undo the standardising
-        classifier.weight.copy_((w[1:] / std[:, None]).t())
-        classifier.bias.copy_(w[0] - mean / std @ w[1:])
-
-
 # ------------------------------------------------------------------------------------------------
-# 3. The views, and the data of --split all
+# 3. The views, and the hand-over from the warm-up to clusters
 
-def make_views(size, crop, jitter, gray, statistics):
-    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D5)"""
+def make_views(args, statistics):
+    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each"""
+    s = args.jitter
+
     def view(x, rng):
-        x = random_resized_crop(x, size, (crop, 1), rng)           # and flip, p .5
-        x = color_jitter(x, .8 * jitter, .8 * jitter, .8 * jitter, .2 * jitter, rng, p=.8)
-        return normalise(random_grayscale(x, gray, rng), statistics)
+        x = random_resized_crop(x, (args.crop, 1), rng)            # and flip, p .5
+        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        return normalise(random_grayscale(x, args.gray, rng), statistics)
     return lambda x, rng: (view(x, rng), view(x, rng))
 
 
-def together(data):
-    """Train and test as one split, to learn from and to be scored on. Where there are labels, the
-    images without one are left out (STL-10's unlabelled part): they could not be scored."""
-    def kept(split):
-        if split.labels is None:
-            return split
-        rows = (split.labels >= 0).nonzero().flatten()
-        return Split(split.images[rows], split.labels[rows], [split.names[i] for i in rows])
-    if not data.has_test:
-        return data
-    a, b = kept(data.train), kept(data.test)
-    both = Split(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]) if data.classes
-                 else None, a.names + b.names)
-    return data._replace(name=f"{data.name}-all", train=both, test=both)
+def nearest_rows(memory, count):
+    """The `count` most similar other rows of each row. memory (N, D) -> (N, count) indices"""
+    found, count = [], min(count, len(memory) - 1)
+    for rows in torch.arange(len(memory), device=memory.device).split(1024):
+        s = (memory[rows] @ memory.t()).scatter_(1, rows[:, None], -math.inf)       # 1024xN
+        found.append(s.topk(count, 1).indices)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def fit_classifier(classifier, h, clusters):
+    """Give W the boundaries of the clusters, in place. h (N, D), clusters (N,). A random W would
+    spoil the clusters by its part in the consensus."""
+    mean, std = h.mean(0), h.std(0).clamp(min=1e-6)
+    w = logistic_regression((h - mean) / std, clusters, classifier.out_features, decay=1e-3)
+    classifier.weight.copy_((w[1:] / std[:, None]).t())            # for h as it is
+    classifier.bias.copy_(w[0] - mean / std @ w[1:])
+
+
+def hand_over(net, images, index, memory, statistics, device, args):
+    """After the warm-up: -> first clusters (N,) (D3), neighbours (N, P) (D5); W is fitted (D4)."""
+    clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
+    h = embed(net.backbone, images[index.to(images.device)], statistics, device)
+    fit_classifier(net.classifier, h, clusters)
+    return clusters, nearest_rows(memory, args.positives)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,167 +245,117 @@ DEFAULTS = {                              # per dataset, where they differ from 
 
 
 def parse(argv=None):
-    parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    # The same in all four scripts.
-    add("--dataset", default="shapes", help="shapes, cifar10, cifar100, cifar20, fashion-mnist, "
-        "stl10, tiny-imagenet, imagenet10, imagenet-dogs, or the path of a folder of images")
-    add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
-        "imagenet-dogs the ImageNet folder")
-    add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's own")
-    add("--train-size", type=number(int, 2), help="learn from this many images, a balanced part")
-    add("--clusters", type=number(int, 2), help="clusters to report; else the number of classes")
-    add("--epochs", type=number(int, 1), default=200, help="passes over the training images")
+    parser = Parser(__doc__, epochs=200)
+    add = parser.training
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
-    add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate")
+    add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate, of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="L2 weight decay")
-    add("--width", type=number(int, 1, 512), default=64, help="channels of ResNet-18's first stage")
-    add("--stem-stride", type=number(int, 1, 2), default=1, help="2: a cheaper stem for laptops")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
-    add("--resume", action="store_true", help="continue the run in the run folder")
-    add("--compile", action="store_true", help="torch.compile the network; slower to start")
-    # The method's own.
-    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of area")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s, colour jitter .8s .8s .8s .2s")
+    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest area of a view")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="s, strength of the colour jitter")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
-    add("--split", choices=("train", "all"), default="train", help="train: learn from it, scored "
-        "on test; all: learn from both and scored on both, as most of this literature does")
-    add("--warmup", type=number(float, 0, 1), default=.7, help="share of the epochs before there "
-        "are clusters: instance discrimination")
-    add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: all "
-        "other images stay negatives; with --alpha 0 the baseline")
-    add("--positives", type=number(int, 0), default=20, help="k, size of P_i; 0: none")
+    add = parser.method
+    add("--warmup", type=number(float, 0, 1), default=.7, help="share of the epochs in which each "
+        "image is its own cluster (D2)")
+    add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: each "
+        "image stays its own cluster in L_sem; with --alpha 0 the baseline")
+    add("--positives", type=number(int, 0), default=20, help="P, size of P_i; 0: none")
     add("--alpha", type=number(float, 0), default=1., help="a, weight of L_con; 0: no classifier, "
-        "no balance, clusters by the visual prediction alone")
+        "no L_bal, clusters by the visual prediction alone")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
-    add("--vote", choices=("sum", "mean"), default="mean", help="of the members of a cluster, in "
-        "the visual prediction (D6)")
+    add("--frozen", action="store_true", help="keep the first clusters: no consensus")
     add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
-    add("--memory-tau", type=number(float, 0, above=True), default=.1, help="T, of the memory")
+    add("--memory-tau", type=number(float, 0, above=True), default=.1, help="tau in the memory")
     add("--memory-weight", type=number(float, 0), default=.1, help="w, of L_sem with the memory")
     add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
-    add("--assign", choices=("visual", "boundary", "both"), default="visual", help="the "
-        "prediction that gives clusters.csv and the pictures; both: their product")
-    dataset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(**DEFAULTS.get(dataset, {}))
-    return parser.parse_args(argv)
+    return parser.parse(argv, DEFAULTS)
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. Training
 
-def losses(x, logits, own, memory, clusters, args):
-    """Embeddings (2B, 128) and logits (2B, K) of both views, their rows own (B,) of the memory
-    (N, 128), its clusters (N,), or None in the warm-up -> L, {its terms}: the algorithm in one
-    place."""
-    own = torch.cat([own, own])                                                 # 2B
-    twin = torch.arange(len(x), device=x.device).roll(len(x) // 2)              # the other view
-    similarity = x @ memory.t()                                                 # 2BxN, once for all
-    c, positives = clusters, args.positives
-    if c is None or args.contrast == "instance":                   # each image is its own cluster
-        c, positives = torch.arange(len(memory), device=x.device), 0
-    batch = semantic_contrastive_loss(x @ x.t(), twin, c[own], args.tau)
-    bank = semantic_contrastive_loss(similarity, own, c, args.memory_tau, positives)
+def losses(z, logits, rows, memory, clusters, neighbours, args):
+    """Embeddings (2B, 128) and logits (2B, K) of both views, the rows (B,) of their images in the
+    memory (N, 128), its clusters (N,) and neighbours (N, P), both None in the warm-up -> L, {its
+    terms}, pv (None without clusters), ps: the algorithm in one place."""
+    rows, n, k = torch.cat([rows, rows]), len(z), logits.shape[1]                   # 2B
+    twin = torch.arange(n, device=z.device).roll(n // 2)           # the other view of the image
+    near, e = exponentials(z, z, args.tau), exponentials(z, memory, args.memory_tau)
+    votes = None if clusters is None else cluster_votes(e, clusters, k, rows)       # 2BxK
+    if clusters is None or args.contrast == "instance":            # each image is its own cluster
+        image, each = twin % (n // 2), torch.arange(len(memory), device=z.device)
+        batch = semantic_contrastive_loss(near, cluster_votes(near, image, n // 2), twin, image)
+        bank = semantic_contrastive_loss(e, e, rows, each)
+    else:
+        c = clusters[rows]                                                          # 2B
+        batch = semantic_contrastive_loss(near, cluster_votes(near, c, k), twin, c)
+        bank = semantic_contrastive_loss(e, votes, rows, clusters, neighbours[rows])
     loss, terms = batch + args.memory_weight * bank, {"batch": batch, "memory": bank}
-    if clusters is not None and args.alpha:
-        k = logits.shape[1]
-        pv = visual_prediction(similarity, clusters, k, args.memory_tau, own, args.vote)
-        ps = logits.softmax(1)                                                  # 2BxK, as pv
-        terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(ps)
+    if clusters is None:
+        return loss, terms, None, None
+    pv, ps = visual_prediction(votes, clusters), logits.softmax(1)                  # 2BxK each
+    if args.alpha:
+        terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(logits)
         loss = loss + args.alpha * terms["consistency"] + args.beta * terms["balance"]
-    return loss, terms
+    return loss, terms, pv, ps
 
 
 @torch.no_grad()
-def consensus(memory, own, clusters, logits, args):
-    """Where both predictions agree: c_i = argmax_k pv_ik ps_ik. pv by the images' rows own (B,) of
-    the memory, calmer than their views (D7); ps the mean of both views, of logits (2B, K).
-    -> the new clusters (N,), and (B,) how both voted: pv's cluster * K + ps's"""
-    k = logits.shape[1]
-    pv = visual_prediction(memory[own] @ memory.t(), clusters, k, args.memory_tau, own, args.vote)
-    ps = sum(logits.softmax(1).chunk(2)) / 2                                    # BxK
-    agreed = (pv * ps if args.alpha else pv).argmax(1)
-    return clusters.index_copy(0, own, agreed), pv.argmax(1) * k + ps.argmax(1)
+def consensus(pv, ps):
+    """Where both predictions agree: argmax_k pv_ik ps_ik, each as the mean of an image's two views.
+    pv, ps (2B, K) -> clusters (B,), and (B,) how both chose: pv's cluster * K + ps's"""
+    pv, ps = (sum(p.chunk(2)) / 2 for p in (pv, ps))                                # BxK each
+    return (pv * ps).argmax(1), pv.argmax(1) * pv.shape[1] + ps.argmax(1)
 
 
-def hand_over(net, images, index, memory, k, statistics, seed, device):
-    """After the warm-up: first clusters (N,) (D3), which are returned, and a W that fits (D4)."""
-    clusters = kmeans(memory, k, seed)[0]
-    h = embed(net.backbone, images[index.to(images.device)], statistics, device)
-    fit_classifier(net.classifier, h, clusters)
-    return clusters
+def predictions(net, h, memory, clusters, tau):
+    """Features (N, D) of un-augmented images -> pv, ps (N, K)"""
+    k = net.classifier.out_features
+    votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
+                       for z in net.embedding(h).split(1024)])
+    return visual_prediction(votes, clusters), net.classifier(h).softmax(1)         # NxK each
 
 
-def final_clusterings(net, train_h, test_h, memory, clusters, args):
-    """{prediction: Clustering} of un-augmented images, by features (N, 8w) and (M, 8w)."""
-    k, sure = net.classifier.out_features, []
-    for h in (train_h, test_h):
-        pv = torch.cat([visual_prediction(x @ memory.t(), clusters, k, args.memory_tau,
-                                          vote=args.vote)
-                        for x in net.embedding(h).split(1024)])                 # NxK
-        ps = net.classifier(h).softmax(1)                                       # NxK
-        both = F.normalize(pv * ps + 1e-12, p=1, dim=1)
-        sure.append([p.cpu().max(1) for p in (pv, ps, both)])
-    names = ("visual", "boundary", "both") if args.alpha else ("visual",)
-    return {name: Clustering(a.indices, b.indices, a.values, b.values)
-            for name, a, b in zip(names, *sure)}
-
-
-def save_agreement(path, joints):
-    """visual x boundary prediction, in the first and the last epoch with clusters, as shares of
-    rows; and for each cluster the share on which both agree, epoch by epoch."""
-    shares = {e: m / m.sum(1, keepdim=True).clamp(min=1) for e, m in joints.items()}
-    agree = {e: (m.trace() / m.sum()).item() for e, m in joints.items()}
-    save_picture(path, beside(
-        *(heatmap(shares[e], limit=1, title=f"visual x boundary, epoch {e}: {agree[e]:.0%} agree")
-          for e in (min(joints, key=int), max(joints, key=int))),
-        heatmap(torch.stack([m.diagonal() for m in shares.values()], 1), limit=1,
-                columns=list(shares), title="agreement of each cluster, by epoch")))
+def draw_agreement(joint, epoch):
+    """How often each pair of clusters was chosen (K, K), as shares of its row, as a picture."""
+    share = joint / joint.sum(1, keepdim=True).clamp(min=1)
+    return heatmap(share, limit=1, title=f"visual (row) x boundary, epoch {epoch}: "
+                   f"{joint.trace() / joint.sum():.0%} agree")
 
 
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
            device):
-    """Scores of the frozen network and of the predictions beside two baselines; pictures."""
-    k, where = net.classifier.out_features, "test" if data.has_test else "the same split"
-    protocol = f"learned from {len(index):,} images of {args.split}, scored on {where}, last epoch"
-    table = baselines(data, untrained, statistics, k, args.seed, index, device)
-    train_h = embed(net.backbone, data.train.images, statistics, device)
-    test_h = embed(net.backbone, data.test.images, statistics, device) if data.has_test else train_h
-    with torch.enable_grad():                                      # the probe is trained
-        table["k-means, features"], found = evaluate(train_h, test_h, data, k, args.seed, index)
+    """Scores of the frozen network and of both predictions beside the baselines; pictures."""
+    k, table = net.classifier.out_features, {}
+    train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
-    table["k-means, embedding"], _ = evaluate(net.embedding(train_h), net.embedding(test_h), data,
-                                              k, args.seed, index, probe=False)
+    on_h, found = evaluate(train_h, test_h, data, k, args.seed, index)
+    on_z, _ = evaluate(net.embedding(train_h), net.embedding(test_h), data, k, args.seed, index,
+                       probe=False)
+    finals = {}
     if clusters is not None:
-        finals = final_clusterings(net, train_h, test_h, memory, clusters, args)
-        found = finals.get(args.assign, finals["visual"])
-        if data.classes:
-            seen = data.train.labels >= 0
-            over = data.has_test and k > len(data.classes)         # K > C clusters: a vote of train
-            for name, this in finals.items():
-                votes = (data.train.labels[seen], this.train[seen]) if over else None
-                table[f"scl, {name}"] = cluster_scores(data.test.labels, this.test, votes)
-        save_agreement(run.folder / "agreement.png", joints)
+        pairs = zip(*(predictions(net, h, memory, clusters, args.memory_tau)
+                      for h in (train_h, test_h)))
+        names = ("scl, visual", "scl, boundary")[:2 if args.alpha else 1]           # a W without
+        finals = dict(zip(names, (clustering(*p) for p in pairs)))                  # L_con is stale
+        found = finals["scl, visual"]                              # for clusters.csv
+        save_picture(run.folder / "agreement.png", beside(*(
+            draw_agreement(joints[e], e) for e in (min(joints, key=int), max(joints, key=int)))))
     if data.classes:
+        table = baselines(data, untrained, statistics, k, args.seed, index, device)
+        table.update({"k-means, features": on_h, "k-means, embedding": on_z})
+        table.update({name: score(data, this, k) for name, this in finals.items()})
         print_scores(table, data)
-        print(f"  scl: {protocol}")
     raw = fetch(data.train.images, index[:8], torch.device("cpu"))
     fed = views(raw, generator(args.seed, 0, "picture"))
     save_views(run.folder / "views.png", raw, fed, statistics)
-    run.finish(table, net.backbone, found, scl_protocol=protocol)
+    run.finish(table, net.backbone, found, statistics)
 
 
 def train(args):
     # 1. The data, checked before anything is written.
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    data = together(data) if args.split == "all" else data
-    n, size = len(data.train.images), data.train.images.shape[-1]
-    index = subset(data.train.labels, n, 1, args.train_size, args.seed)
-    k = check_sizes(args, data, len(index))
+    device, data, index, k = prepare(args, DEFAULTS)
+    n, size = len(index), data.train.images.shape[-1]
     with Run(args, "scl", data) as run:
         # 2. Network, memory and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
@@ -420,60 +366,58 @@ def train(args):
                                      fused=True)
         images = to_device(data.train.images, device)
         statistics = pixel_statistics(data.train.images)
-        views = make_views(size, args.crop, args.jitter, args.gray, statistics)
-        row = torch.zeros(n, dtype=torch.int64)                    # image -> its row of the memory
-        row[index] = torch.arange(len(index))
-        saved = run.load()
-        if saved:
-            net.load_state_dict(saved["net"])
-            optimizer.load_state_dict(saved["optimizer"])
-        else:
-            rng = generator(args.seed, 0, "memory")
-            memory = F.normalize(torch.randn(len(index), 128, generator=rng), dim=1)
-            saved = {"memory": memory, "clusters": None, "joints": {}}
-        memory, clusters, joints = saved["memory"].to(device), saved["clusters"], saved["joints"]
-        clusters = clusters if clusters is None else clusters.to(device)
+        views = make_views(args, statistics)
+        row = torch.zeros(len(data.train.images), dtype=torch.int64, device=device)
+        row[index.to(device)] = torch.arange(n, device=device)     # image -> its row of the memory
+        start = torch.randn(n, 128, generator=generator(args.seed, 0, "memory"))
+        saved = {"memory": F.normalize(start, dim=1), "clusters": None, "neighbours": None,
+                 "joints": {}, **run.restore(net=net, optimizer=optimizer)}
+        memory, clusters, neighbours = (None if saved[name] is None else saved[name].to(device)
+                                        for name in ("memory", "clusters", "neighbours"))
+        joints = saved["joints"]                                   # epoch -> how both chose, KxK
         forward = torch.compile(net) if args.compile else net
-        print(f"scl on {data.name}: {len(index):,} images, {describe(backbone, size)}; {device}, "
+        print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
               f"{fast_dtype(device)}; {run.folder}")
-        # 3. Epochs: first instance discrimination, then, from epoch `warm` on, with clusters.
-        per_epoch, warm = len(index) // args.batch_size, round(args.warmup * args.epochs)
-        clock = Clock(device)
+        # 3. Epochs: from epoch `warm` on with clusters.
+        per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
         for epoch in range(run.epoch, args.epochs):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
-                clusters = hand_over(net, images, index, memory, k, statistics, args.seed, device)
+                clusters, neighbours = hand_over(net, images, index, memory, statistics, device,
+                                                 args)
             first, last = (0, warm) if epoch < warm else (warm, args.epochs)
             steps, before = (last - first) * per_epoch, clusters
-            meter = Meter(f"scl, epoch {epoch + 1}", optimizer, per_epoch)
-            joint = torch.zeros(k * k, dtype=torch.int64, device=device)        # pv x ps
+            meter = Meter(f"scl, epoch {epoch + 1}", per_epoch)
+            joint = torch.zeros(k * k, device=device)
             rng = generator(args.seed, epoch, "views")
             for i, (part, x1, x2) in enumerate(
-                    batches(images, index, args.batch_size, views, rng, device, clock)):
-                at, own = (epoch - first) * per_epoch + i, row[part].to(device)
+                    batches(images, index, args.batch_size, views, rng, device)):
+                at, rows = (epoch - first) * per_epoch + i, row[part]
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
                 with autocast(device):                             # one pass: BatchNorm sees both
-                    x, logits = forward(torch.cat([x1, x2]))                    # 2Bx128, 2BxK
-                loss, terms = losses(x, logits, own, memory, clusters, args)
-                step(optimizer, loss)
+                    z, logits = forward(torch.cat([x1, x2]))                        # 2Bx128, 2BxK
+                loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, neighbours, args)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
                 meter.add(loss=loss, **terms)
-                x = F.normalize(sum(x.detach().chunk(2)), dim=1)                # Bx128
-                memory = update_memory(memory, own, x, args.momentum)
-                if clusters is not None:                           # refreshed in every step
-                    clusters, votes = consensus(memory, own, clusters, logits, args)
-                    joint += torch.bincount(votes, minlength=k * k)
+                if clusters is not None:
+                    chosen, pair = consensus(pv, ps if args.alpha else torch.ones_like(ps))
+                    clusters = clusters if args.frozen else clusters.index_copy(0, rows, chosen)
+                    joint.index_add_(0, pair, torch.ones_like(pair, dtype=joint.dtype))
+                mean_z = F.normalize(sum(z.detach().chunk(2)), dim=1)               # Bx128
+                memory = update_memory(memory, rows, mean_z, args.momentum)
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
             if clusters is not None:
-                joints[str(epoch + 1)] = joint = joint.view(k, k).int().cpu()
-                sizes = torch.bincount(clusters, minlength=k) / len(clusters)
+                joints[str(epoch + 1)] = joint = joint.view(k, k).cpu()
+                sizes = torch.bincount(clusters, minlength=k) / n
                 record["agreement"] = (joint.trace() / joint.sum()).item()
                 record["moved"] = (clusters != before).float().mean().item()
                 record["clusters"] = int((sizes > 0).sum())
                 record["largest"] = sizes.max().item()
-            run.end_epoch(record, per_epoch * args.batch_size, clock, optimizer, {
-                "net": net.state_dict(), "optimizer": optimizer.state_dict(), "memory": memory,
-                "clusters": clusters, "joints": joints})
-            if record.get("largest", 0) > .5:
+            run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
+                          memory=memory, clusters=clusters, neighbours=neighbours, joints=joints)
+            if record.get("largest", 0) > max(.5, 2 / k):          # of two, one may hold half
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
         # 5. The report. Labels are used from here on and never before.
         report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
@@ -486,3 +430,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+
+# ------------------------------------------------------------------------------------------------
+# 6. What was measured

@@ -1,33 +1,37 @@
-"""How fast is training, beside the bare network and beside the usual way of feeding it?
+"""How fast is training, beside the bare network? And all that one GPU should be asked, at once.
 
-    python tests/benchmark.py                       every script, on the GPU or else on all cores
-    python tests/benchmark.py --threads 1 --json    one core, as JSON
-    python tests/benchmark.py --profile scan        where an epoch of scan.py goes, kernel by kernel
+    python tests/benchmark.py                  the speed table: the GPU, or the threads torch has
+    python tests/benchmark.py --all            the four parts below; meant for one GPU
 
-All rows come from one process, with the bare network timed between the epochs of every script, so
-that their ratios mean something:
+A part is a file in --out, and a part whose file is there is not run again: after an interruption
+the same command goes on. rows.md holds all that was found, as rows for the README.
 
-    bare        the network alone, backbone and head: forward, backward, optimizer step, on resident
-                random views, in the passes that the method needs
-    script      epochs of the real script: its views, losses, gauges, log and checkpoints
-    usual       the same network fed by torchvision's transforms on PIL images in a DataLoader;
-                lightly's and kornia's views too, where those packages are installed
-    views       two views of an image by the scripts' primitives against torchvision's, on one core
-    evaluation  k-means, kNN and linear probe of 60,000 embedded images
+    check    each script on --dataset, three epochs a step, with --compile, interrupted and resumed
+             after the first; what it warns of; how long compiling takes, by the first epoch
+    speed    epochs of the script, and the bare network timed between them, so that their ratio
+             means something: forward, backward and optimizer, on random views on the device, in the
+             passes that the method needs. The peak memory is that of a batch of 512
+    views    two views of an image by our primitives, and by torchvision on one core
+    run      the four scripts, one after another, with as many epochs as --minutes leave room for
+
+Flags that are not known here go to all four scripts:
+
+    python tests/benchmark.py --all --dataset shapes --minutes 1 --width 8 --stem-stride 2
 """
 import argparse
 import contextlib
-import importlib.util
+import copy
+import importlib
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torchvision.transforms as T  # noqa: E402
@@ -35,23 +39,71 @@ from PIL import Image  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import common  # noqa: E402
-import identitize  # noqa: E402
-import mask_mix  # noqa: E402
-import scan  # noqa: E402
-import scl  # noqa: E402
 
-# Stages of a script: its passes of the network, trained and without a gradient (cluster: to choose
-# the epoch), each with so many views of every image of the batch.
-SCRIPTS = {"identitize": {"": ((2,), ())}, "scl": {"": ((2,), ())},
-           "mask_mix": {"": ((2, 2), (2,))},
-           "scan": {"pretext": ((2,), ()), "cluster": ((1, 1), (1,)), "self-label": ((1,), (1,))}}
+SCRIPTS = "identitize", "scan", "mask_mix", "scl"
+# Views of an image in each pass of the network, with a gradient and without one (in SCAN's step 2,
+# to choose the epoch).
+PASSES = {"identitize": ((2,), ()), "scl": ((2,), ()), "mask_mix": ((2,), (2,)),
+          "scan pretext": ((2,), ()), "scan cluster": ((1, 1), (1,)),
+          "scan self-label": ((1,), (1,))}
 FLAGS = {"scl": "--warmup 0",             # clusters in every epoch
-         "scan": "--cluster-epochs {1} --self-label-epochs {1} --neighbours 5 --threshold 0 "
-                 "--patience 0 --cluster-batch {0} --self-label-batch {0}"}
-PEAK = {"H100": 989, "H200": 989, "A100": 312, "A6000": 155, "4090": 165}   # dense bf16, TFLOP/s
+         "scan": "--cluster-epochs {0} --self-label-epochs {0} --threshold 0 --unsafe go "
+                 "--patience 0"}
+SHARE = {"scan cluster": .2, "scan self-label": .2}                # of the epochs of step 1
 
 
-def rate(work, images, device, seconds=6.):
+class Interrupted(Exception):
+    """In place of Ctrl-C."""
+
+
+# ------------------------------------------------------------------------------------------------
+# The parts
+
+def script(name, epochs, folder, args, after=lambda *_: None, report=False, flags=""):
+    """Train with the real script, in silence. after(step, record, state, batch) is called at the
+    end of each epoch, outside of its time."""
+    module, end_epoch = importlib.import_module(name), common.Run.end_epoch
+
+    def both(run, record, images, **state):
+        end_epoch(run, record, images, **state)
+        stage = record.get("stage", "")
+        batch = getattr(run.args, f"{stage.replace('-', '_')}_batch", run.args.batch_size)
+        after(f"{name} {stage}".strip(), run.log[-1], state, min(batch, images))
+        run.ended = time.time()
+    replaced = [(common.Run, "end_epoch", both), (common.Run, "INTERVAL", 0),
+                (common, "knn_gauge", lambda *_: {}), (module, "knn_gauge", lambda *_: {})]
+    if not report:
+        replaced.append((module, "report", lambda *_: None))
+    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):
+        for place, thing, value in replaced:
+            stack.callback(setattr, place, thing, getattr(place, thing, None))
+            setattr(place, thing, value)
+        module.main(["--out", folder, "--epochs", str(epochs), "--device", args.device,
+                     "--dataset", args.dataset, "--data-dir", args.data_dir, *args.more,
+                     *FLAGS.get(name, "").format(epochs).split(), *flags.split()])
+
+
+def check(name, args, device):
+    """-> the seconds of the first and the last epoch of each step, those of the report, warnings"""
+    seconds = {}
+
+    def after(step, record, state, batch):
+        seconds.setdefault(step, []).append(record["seconds"])
+        seconds["ended"] = time.time()
+        if record["epoch"] == 1:
+            raise Interrupted
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with contextlib.suppress(Interrupted):
+            script(name, 3, folder, args, after, True, "--compile")
+        script(name, 3, folder, args, after, True, "--compile --resume")
+    report = time.time() - seconds.pop("ended")
+    return {"report": report, "precision": str(common.fast_dtype(device)),
+            "warnings": sorted({str(w.message).splitlines()[0] for w in warned}),
+            "steps": {step: {"first": s[0], "last": s[-1]} for step, s in seconds.items()}}
+
+
+def rate(work, images, device, seconds=2.):
     """Median images/s of work(), called until `seconds` have passed, after two calls of warm-up."""
     def once():
         began = time.perf_counter()
@@ -66,276 +118,190 @@ def rate(work, images, device, seconds=6.):
     return statistics.median(rates)
 
 
-def network(script, args):
-    """Backbone and head of a script, or of one of its stages; None: the backbone alone."""
-    backbone, d = common.resnet18(32, args.width, args.stem_stride), 8 * args.width
-    if script == "identitize":
-        return identitize.Network(backbone, d, 64)
-    if script == "scl":
-        return torch.nn.Sequential(backbone, scl.Network(backbone, d, 10).head)
-    if script == "mask_mix":
-        net = mask_mix.Network(backbone, d, 1)
-        return torch.nn.Sequential(backbone, net.projector, *net.predictors)
-    if script:
-        return scan.Network(backbone, scan.projection(d) if script == "scan pretext" else
-                            scan.cluster_heads(d, 1, 10))
-    return backbone
+def bare_step(step, state, batch, size, device):
+    """-> function that trains copies of the script's networks once, on random views. state: what
+    the script saves after an epoch"""
+    net = copy.deepcopy(state.get("net") or state["online"]).train()
+    target = copy.deepcopy(state.get("target") or net)
+    optimizer = type(state["optimizer"])(net.parameters(), lr=1e-4, fused=True)
+    trained, free = ([torch.randn(n * batch, 3, size, size).to(device).contiguous(
+        memory_format=torch.channels_last) for n in passes] for passes in PASSES[step])
 
-
-def training_step(args, device, script=None):
-    """-> function of batches of views to train on and batches to pass without a gradient"""
-    net = network(script, args).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def work(trained, free=()):
+    def work():
+        outputs = []
         with common.autocast(device):
             with torch.no_grad():
-                for views in free:
-                    net(views)
-            out = [net(views).flatten(1) for views in trained]
-        optimizer.zero_grad(set_to_none=True)
-        torch.cat(out).float().square().mean().backward()
+                for x in free:
+                    target(x)
+            for x in trained:
+                out = net(x)
+                out = net.predictor(out) if hasattr(net, "predictor") else out
+                outputs += out if isinstance(out, tuple) else [out]
+        optimizer.zero_grad()
+        sum(out.float().square().mean() for out in outputs).backward()
         optimizer.step()
-    work.optimizer = optimizer
     return work
 
 
-def random_views(args, device, passes):
-    return [torch.randn(n * args.batch_size, 3, 32, 32, device=device).to(
-        memory_format=torch.channels_last) for n in passes]
+def speed(name, args, device):
+    """-> {step: its figures}. The first epoch warms up. Each other one is compared with the bare
+    network before and after it, since machines change their pace by the second."""
+    seen, found = {}, {}
+
+    def after(step, record, state, batch):
+        work = bare_step(step, state, batch, args.image_size, device)
+        with FlopCounterMode(display=False) as counter:
+            work()
+        bare = rate(lambda: [work() for _ in range(10)], 10 * batch, device)
+        seen.setdefault(step, []).append((record["images_per_second"], bare, record["seconds"],
+                                          counter.get_total_flops() / batch / 1e12, batch))
+    with tempfile.TemporaryDirectory() as folder:
+        script(name, args.epochs, folder, args, after)
+    for step, epochs in seen.items():
+        ratios = [2 * now[0] / (now[1] + last[1]) for last, now in zip(epochs, epochs[1:])]
+        ours, bare, seconds, tera, batch = map(statistics.median, zip(*epochs[1:]))
+        found[step] = {"ours": ours, "bare": bare, "ratio": statistics.median(ratios),
+                       "seconds": seconds, "TFLOP/s": tera * ours, "batch": batch}
+    if device.type == "cuda":
+
+        def peak(step, *_):
+            found[step]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        more = "--cluster-batch 512 --self-label-batch 512" if name == "scan" else ""
+        torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as folder:
+            script(name, 1, folder, args, peak, flags=f"--batch-size 512 {more}")
+    return {"steps": found}
 
 
-def bare(script, args, device, trained, free):
-    """images/s"""
-    work = training_step(args, device, script)
-    views = [random_views(args, device, passes) for passes in (trained, free)]
-    return rate(lambda: [work(*views) for _ in range(10)], 10 * args.batch_size, device, 2)
-
-
-def optimizer_share(args, device):
-    """Of the time of a bare step."""
-    work, views = training_step(args, device), random_views(args, device, (2,))
-    whole, last = (rate(lambda: [once() for _ in range(10)], 10 * args.batch_size, device, 2)
-                   for once in (lambda: work(views), work.optimizer.step))
-    return whole / last
-
-
-@contextlib.contextmanager
-def after_every_epoch(what):
-    """Call what(its record) after each epoch that a script ends, outside of its clock."""
-    end_epoch = common.Run.end_epoch
-
-    def both(run, record, images, clock, *rest):
-        end_epoch(run, record, images, clock, *rest)
-        what(run.log[-1])
-        clock.read()
-    common.Run.end_epoch = both
-    try:
-        yield
-    finally:
-        common.Run.end_epoch = end_epoch
-
-
-def script(name, args, device, epochs, after=lambda record: None):
-    """Train with the real script on shapes, without its report. -> its log"""
-    module = sys.modules[name]
-    report, module.report = module.report, lambda *_: None
-    flags = FLAGS.get(name, "").format(args.batch_size, epochs).split()
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-                after_every_epoch(after):
-            module.main([
-                "--out", f"{folder}/run", "--epochs", str(epochs), "--width", str(args.width),
-                "--stem-stride", str(args.stem_stride), "--batch-size", str(args.batch_size),
-                "--device", device.type, *["--compile"] * args.compile, *flags])
-            return [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
-    finally:
-        module.report = report
-
-
-def beside_bare(name, args, device, epochs=8):
-    """{stage: (images/s, bare images/s, their ratio, share of views)} of a script, medians over
-    epochs. The bare network is timed between the epochs, and an epoch compared with its two
-    neighbours: machines change their pace by the second."""
-    bounds = []
-
-    def between(record):
-        stage = record.get("stage", "")
-        bounds.append(bare(f"{name} {stage}".strip(), args, device, *SCRIPTS[name][stage]))
-    log = script(name, args, device, epochs, between)
-    found = {stage: [] for stage in SCRIPTS[name]}
-    for last, record, before, after in zip(log, log[1:], bounds, bounds[1:]):
-        stage, bound = record.get("stage", ""), (before + after) / 2
-        if stage == last.get("stage", ""):                         # the first epoch warms up
-            speed = record["images_per_second"]
-            found[stage].append((speed, bound, speed / bound, record["views_share"]))
-    return {stage: [statistics.median(column) for column in zip(*rows)]
-            for stage, rows in found.items()}
-
-
-USUAL = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
-                   T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], .8), T.RandomGrayscale(.2),
-                   T.ToTensor(), T.Normalize((.5,) * 3, (.25,) * 3)])
-
-
-class TwoViews(torch.utils.data.Dataset):
-    def __init__(self, images, two=lambda image: (USUAL(image), USUAL(image))):
-        self.images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
-        self.two = two
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.two(self.images[i])
-
-
-def usual(dataset, args, device):
-    loader = torch.utils.data.DataLoader(
-        dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
-        persistent_workers=True, pin_memory=device.type == "cuda")
-    work = training_step(args, device)
-
-    def epoch():
-        for views in loader:
-            work([torch.cat([x.to(device, non_blocking=True) for x in views]).to(
-                memory_format=torch.channels_last)])
-    return rate(epoch, len(loader) * args.batch_size, device)
-
-
-def kornia_views(images, args, device):
-    import kornia.augmentation as K
-    view = torch.nn.Sequential(
-        K.RandomResizedCrop((32, 32), (.2, 1.)), K.RandomHorizontalFlip(),
-        K.ColorJitter(.4, .4, .4, .1, p=.8), K.RandomGrayscale(p=.2)).to(device)
-    work, images = training_step(args, device), images.to(device)
-
-    def steps():
-        for _ in range(10):
-            x = images[torch.randint(len(images), (args.batch_size,))].float() / 255
-            work([torch.cat([view(x), view(x)]).to(memory_format=torch.channels_last)])
-    return rate(steps, 10 * args.batch_size, device)
-
-
-def others(images, args, device):
-    """{name: images/s} of the usual pipelines."""
-    found = {"torchvision, DataLoader": usual(TwoViews(images), args, device)}
-    if importlib.util.find_spec("lightly"):
-        from lightly.transforms import SimCLRTransform
-        two = SimCLRTransform(input_size=32, cj_strength=.5, gaussian_blur=0.)
-        found["lightly, DataLoader"] = usual(TwoViews(images, two), args, device)
-    if importlib.util.find_spec("kornia"):
-        found["kornia, on the device"] = kornia_views(images, args, device)
-    return found
-
-
-def views_on_one_core(images):
-    """images/s of two views each: (ours, torchvision's)"""
-    threads, cpu = torch.get_num_threads(), torch.device("cpu")
+def views(args, device):
+    """images/s of two views of each image of 32 px: (ours on the device, torchvision's)"""
+    identitize, threads = importlib.import_module("identitize"), torch.get_num_threads()
+    options, rng = identitize.parse(["--dataset", "cifar10"]), torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4096, 3, 32, 32), generator=rng).byte()
+    make = identitize.make_views(options, common.pixel_statistics(images))
+    chunk = images[:4096 if device.type == "cuda" else 512].to(device).float() / 255
+    usual = T.Compose([T.RandomResizedCrop(32, (.2, 1)), T.RandomHorizontalFlip(),
+                       T.RandomApply([T.ColorJitter(.4, .4, .4, .1)], .8), T.RandomGrayscale(.2),
+                       T.ToTensor(), T.Normalize((.5,) * 3, (.25,) * 3)])
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images[:64]]
+    ours = rate(lambda: make(chunk, rng), len(chunk), device)
     torch.set_num_threads(1)
-    make = identitize.make_views(32, .2, .5, .2, common.pixel_statistics(images))
-    rng, index = common.generator(0, 0, "benchmark"), torch.arange(512)
-    ours = rate(lambda: make(common.fetch(images, index, cpu), rng), 512, cpu, 4)
-    pairs = TwoViews(images[:256])
-    theirs = rate(lambda: [pairs[i] for i in range(256)], 256, cpu, 4)
+    theirs = rate(lambda: [(usual(x), usual(x)) for x in pictures], 64, torch.device("cpu"))
     torch.set_num_threads(threads)
-    return ours, theirs
+    return {"ours": ours, "torchvision": theirs}
 
 
-def evaluation_seconds(args, device):
-    """Of the scores of 50,000 + 10,000 features in ten overlapping groups."""
-    rng, d = torch.Generator().manual_seed(0), 8 * args.width
-    labels = torch.arange(60_000) % 10
-    features = torch.randn(10, d, generator=rng)[labels] + 3 * torch.randn(60_000, d, generator=rng)
-    features = features.to(device)
-    splits = [common.Split(labels[part], labels[part], [])         # evaluate looks at no pixel
-              for part in (slice(0, 50_000), slice(50_000, None))]
-    data, began = common.Dataset("random", *splits, list("0123456789"), ""), time.perf_counter()
-    common.evaluate(features[:50_000], features[50_000:], data, 10, 0)
-    return time.perf_counter() - began
+def plan(args, parts):
+    """-> {script: its flags}. Each gets a quarter of the minutes that are left; --compile where
+    more epochs fit with it."""
+    left, flags = 60 * args.minutes - sum(p["took"] for p in parts.values() if p), {}
+    for name in SCRIPTS:
+        checked, timed = parts[f"check-{name}"], parts[f"speed-{name}"]
+        each = left / len(SCRIPTS) - (checked["report"] if checked else 0)
+        epochs = compiled = 0
+        if timed:
+            epochs = each / sum(SHARE.get(step, 1) * row["seconds"]
+                                for step, row in timed["steps"].items())
+        if checked:
+            steps = checked["steps"]
+            start = sum(row["first"] - row["last"] for row in steps.values())
+            compiled = (each - start) / sum(SHARE.get(step, 1) * row["last"]
+                                            for step, row in steps.items())
+        most = max(1, int(max(epochs, compiled)))
+        flags[name] = f"--epochs {most}" + " --compile" * (compiled > epochs)
+        if name == "scan":
+            few = max(1, most // 5)
+            flags[name] += f" --cluster-epochs {few} --self-label-epochs {few}"
+    return flags
 
 
-def tera_operations(args, device):
-    """TFLOP of a training step of two views of an image, by torch's own count."""
-    with FlopCounterMode(display=False) as counter:
-        training_step(args, device)(random_views(args, device, (2,)))
-    return counter.get_total_flops() / args.batch_size / 1e12
+def run(name, flags, args):
+    """The real script to its end. -> what the table shows of its result.json"""
+    folder = Path(args.out) / name
+    command = ["--dataset", args.dataset, *args.more, *flags.split()]
+    importlib.import_module(name).main([*command, "--data-dir", args.data_dir, "--device",
+                                        args.device, "--out", str(folder), "--resume"])
+    result = json.loads((folder / "result.json").read_text())
+    return {"command": " ".join([f"{name}.py", *command]), "scores": result["scores"],
+            "minutes": result["training_seconds"] / 60}
 
 
-def profile(name, args, device):
-    """An epoch of the real script, by torch.profiler: operations, kernels and their times."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=kinds) as seen:
-        script(name, args, device, epochs=2)
-    table = seen.key_averages()
-    print(table.table(sort_by=f"self_{device.type}_time_total", row_limit=25,
-                      max_name_column_width=50))
-    launches = sum(e.count for e in table if e.key in ("cudaLaunchKernel", "cuLaunchKernel"))
-    print(f"{sum(e.count for e in table):,} operations, {launches:,} kernel launches")
+# ------------------------------------------------------------------------------------------------
+# The table
+
+def rows(parts):
+    """The markdown of all that is known."""
+    head = ["step", "images/s", "bare network", "ratio", "TFLOP/s", "batch", "seconds an epoch",
+            "with `--compile`", "seconds to compile", "epochs until that pays", "GiB, batch 512"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in SCRIPTS:
+        checked = (parts.get(f"check-{name}") or {}).get("steps", {})
+        for step, row in (parts[f"speed-{name}"] or {"steps": {}})["steps"].items():
+            cells = [step, f"{row['ours']:,.0f}", f"{row['bare']:,.0f}", f"{row['ratio']:.2f}",
+                     f"{row['TFLOP/s']:.3g}", f"{row['batch']:.0f}", f"{row['seconds']:.1f}"]
+            if step in checked:
+                first, last = checked[step]["first"], checked[step]["last"]
+                gain = row["seconds"] - last
+                pays = f"{max(0, first - last) / gain:,.0f}" if gain > 0 else "never"
+                cells += [f"{last:.1f}", f"{first - last:.0f}", pays]
+            cells += [""] * (10 - len(cells)) + [f"{row['GiB']:.1f}" if "GiB" in row else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    head = ["command", "scores", "ACC", "NMI", "ARI", "kNN", "linear", "minutes"]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for found in (parts.get(f"run-{name}") for name in SCRIPTS):
+        for name, scores in found["scores"].items() if found else ():
+            of = scores.get("kmeans", scores)
+            cells = [*map(of.get, ("acc", "nmi", "ari")), *map(scores.get, ("knn", "linear"))]
+            cells = ["" if c is None else f"{c:.3f}".lstrip("0") for c in cells]
+            lines.append("| " + " | ".join([f"`{found['command']}`", name, *cells,
+                                            f"{found['minutes']:.1f}"]) + " |")
+    lines += [""] + [f"{name}: {p['precision']}, {p['report']:.0f} s for the report, warnings: "
+                     f"{'; '.join(p['warnings']) or 'none'}"
+                     for name, p in parts.items() if name.startswith("check") and p]
+    if parts.get("views"):
+        lines.append("two views of an image, images/s: {ours:,.0f}; torchvision, one core: "
+                     "{torchvision:,.0f}".format(**parts["views"]))
+    return "\n".join(lines) + "\n"
 
 
-def measure(args, device):
-    """Yields (row, figure) as they are found."""
-    gpu = device.type == "cuda"
-    images = common.load_dataset("shapes").train.images
-    name = torch.cuda.get_device_name() if gpu else "CPU"
-    yield from {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                "width": args.width, "stem stride": args.stem_stride, "batch size": args.batch_size,
-                "precision": str(common.fast_dtype(device)).removeprefix("torch.")}.items()
-    yield "share of the optimizer in bare", optimizer_share(args, device)
-    speeds = {}
-    for method in SCRIPTS:
-        for stage, (speed, bound, ratio, views) in beside_bare(method, args, device).items():
-            row = f"{method} {stage}".strip()
-            speeds[row] = speed
-            yield from {row: speed, f"{row}, bare": bound, f"{row} / bare": ratio,
-                        f"{row}, share of views": views}.items()
-    for other, speed in others(images, args, device).items():
-        yield from {other: speed, f"identitize / {other}": speeds["identitize"] / speed}.items()
-    ours, theirs = views_on_one_core(images)
-    yield from {"views, one core": ours, "views, torchvision, one core": theirs,
-                "views / torchvision": ours / theirs,
-                "evaluation of 60,000, seconds": evaluation_seconds(args, device)}.items()
-    done = tera_operations(args, device) * speeds["identitize"]
-    yield "identitize, TFLOP/s", done
-    if gpu:
-        peak = next((v for k, v in PEAK.items() if k in name), None)
-        if peak:
-            yield "identitize, share of the peak", done / peak
-        yield "peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, help="64 on a GPU, else 16")
-    parser.add_argument("--stem-stride", type=int, help="1 on a GPU, else 2")
-    parser.add_argument("--batch-size", type=int, help="512 on a GPU, else 64")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--all", action="store_true", help="the four parts, not only speed")
+    parser.add_argument("--minutes", type=float, default=25, help="of all parts together")
+    parser.add_argument("--dataset", help="of the scripts; else cifar10 with --all, or shapes")
+    parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument("--compile", action="store_true", help="of the scripts")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--profile", choices=SCRIPTS, help="of one script, instead of the table")
-    args = parser.parse_args()
-    device = common.pick_device(args.device)
-    gpu = device.type == "cuda"
-    args.width = args.width or (64 if gpu else 16)
-    args.stem_stride = args.stem_stride or (1 if gpu else 2)
-    args.batch_size = args.batch_size or (512 if gpu else 64)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.workers = os.cpu_count() if gpu else torch.get_num_threads()
-    if args.profile:
-        profile(args.profile, args, device)
-        return
-    table = {}
-    for key, value in measure(args, device):
-        table[key] = value
-        if not args.json:
-            print(f"{key:36} {value:,.2f}" if isinstance(value, float) else f"{key:36} {value}",
-                  flush=True)
-    if args.json:
-        print(json.dumps(table))
+    parser.add_argument("--out", default="runs/benchmark")
+    parser.add_argument("--image-size", type=int, default=32, help="of the images of --dataset")
+    parser.add_argument("--epochs", type=int, default=5, help="of each step, for its speed")
+    args, args.more = parser.parse_known_args(argv)
+    args.dataset = args.dataset or ("cifar10" if args.all else "shapes")
+    device, parts = common.pick_device(args.device), {}
+
+    def part(name, work, *more):
+        path, began = Path(args.out) / f"{name}.json", time.time()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            print(f"{name} ...", flush=True)
+            try:
+                found = {"took": 0, **work(*more)}
+                found["took"] = time.time() - began
+                common.write_text(path, json.dumps(found, indent=1) + "\n")
+            except (Exception, SystemExit) as error:               # the other parts go on
+                print(f"{name} FAILED: {type(error).__name__}: {error}")
+        parts[name] = json.loads(path.read_text()) if path.exists() else None
+    for name in SCRIPTS if args.all else ():
+        part(f"check-{name}", check, name, args, device)
+    for name in SCRIPTS:
+        part(f"speed-{name}", speed, name, args, device)
+    if args.all:
+        part("views", views, args, device)
+        part("plan", plan, args, dict(parts))
+        for name in SCRIPTS:
+            part(f"run-{name}", run, name, parts["plan"][name], args)
+    common.write_text(Path(args.out) / "rows.md", rows(parts))
+    print("\n" + rows(parts))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -15,13 +16,14 @@ import torch
 
 import common
 
-TINY = "--image-size 16 --width 2 --batch-size 50 --epochs 6 --device cpu"
+TINY = "--image-size 16 --width 8 --batch-size 50 --epochs 6 --device cpu"
 SCRIPTS = {
     "identitize": "",
     "scan": "--epochs 2 --cluster-epochs 2 --cluster-batch 50 --self-label-epochs 2 "
             "--self-label-batch 100 --threshold .11 --neighbours 5",
     "mask_mix": "",
     "scl": "--warmup .5 --positives 3"}
+SMALLEST = {"scan": "--cluster-batch 2 --self-label-batch 2"}
 ALL = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -43,25 +45,26 @@ def live(script, argv, prepare, output):
     for number in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     few_images()
+    common.Run.INTERVAL = 0                                        # a checkpoint after each epoch
     if prepare:
         prepare[0](*prepare[1:])
     importlib.import_module(script).main(argv)
 
 
-def start(script, folder, *more, prepare=None):
+def start(script, folder, *more, prepare=None, output=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *SCRIPTS])
     life = context.Process(target=live, args=(
-        script, arguments(script, folder, *more), prepare, f"{folder}.txt"))
+        script, arguments(script, folder, *more), prepare, output or f"{folder}.txt"))
     life.start()
     return life
 
 
-def finish(script, folder, *more, prepare=None):
+def finish(script, folder, *more, prepare=None, output=None):
     """-> (exit code, what was printed), minus the number of the signal that killed it."""
-    life = start(script, folder, *more, prepare=prepare)
+    life = start(script, folder, *more, prepare=prepare, output=output)
     life.join()
-    with open(f"{folder}.txt") as file:
+    with open(output or f"{folder}.txt") as file:
         return life.exitcode, file.read()
 
 
@@ -78,7 +81,7 @@ def log_of(folder):
     """Its records, but for the stopwatch."""
     records = [json.loads(line) for line in open(folder / "log.jsonl")]
     return [{k: v for k, v in record.items()
-             if k not in ("seconds", "images_per_second", "views_share")} for record in records]
+             if k not in ("seconds", "images_per_second")} for record in records]
 
 
 def assert_equal_runs(one, other):
@@ -205,22 +208,7 @@ def test_labels_never_reach_the_training(script, whole, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Interrupted
-
-def endless_saving(mark):
-    """No checkpoint comes to its end; the file `mark` tells that one began."""
-    real = common.save_atomically
-
-    def fsync(file):
-        open(mark, "w").close()
-        time.sleep(60)
-
-    def save(path, *given, **named):
-        if path.name == "checkpoint.pt":
-            os.fsync = fsync
-        real(path, *given, **named)
-    common.save_atomically = save
-
+# Interrupted, or not alone
 
 def wait_for(path):
     limit = time.time() + 120
@@ -229,31 +217,120 @@ def wait_for(path):
     assert os.path.exists(path)
 
 
-@pytest.mark.slow
-@ALL
-def test_ctrl_c_ends_with_130_and_a_second_one_while_saving_ends_at_once(script, whole, tmp_path):
-    folder = tmp_path / "run"
-    life = start(script, folder)
+def stopped_by(number, script, folder, *more):
+    """Stop a life by a signal after its first checkpoint. -> the line with which it ended"""
+    life = start(script, folder, *more)
     wait_for(folder / "checkpoint.pt")
-    os.kill(life.pid, signal.SIGINT)
+    os.kill(life.pid, number)
     life.join(60)
-    assert life.exitcode == 130
-    kept = common.load_checked(folder / "checkpoint.pt")["epoch"]
-    mark = tmp_path / "mark"
-    life = start(script, folder, "--resume", prepare=(endless_saving, mark))
-    for _ in range(2):                                             # the first is answered by saving
-        wait_for(mark)
-        mark.unlink()
-        os.kill(life.pid, signal.SIGINT)
-    life.join(30)
-    assert life.exitcode == 130
+    assert life.exitcode == 128 + number
     with open(f"{folder}.txt") as file:
         text = file.read()
-    assert "Traceback" not in text and text.count("--resume continues") == 2
-    assert text.index("finished epochs are kept") < text.index("interrupted while saving")
-    assert common.load_checked(folder / "checkpoint.pt")["epoch"] >= kept
-    assert finish(script, folder, "--resume")[0] == 0
-    assert_equal_runs(whole(script)[0], folder)
+    assert "Traceback" not in text and text.count("--resume") == 1
+    kept = common.load_checked(folder / "checkpoint.pt")["epoch"]
+    assert f"--resume goes on after epoch {kept}" in text.splitlines()[-1]
+    return text.splitlines()[-1]
+
+
+@pytest.mark.slow
+@ALL
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_line_and_resume_ends_as_if_nothing_had_happened(script, number, whole,
+                                                                         tmp_path):
+    stopped_by(number, script, tmp_path / "run")
+    code, text = finish(script, tmp_path / "run", "--resume")
+    assert code == 0, text
+    assert_equal_runs(whole(script)[0], tmp_path / "run")
+
+
+def slowly():
+    real = common.Run.save
+    common.Run.save = lambda *given, **named: (time.sleep(.5), real(*given, **named))
+
+
+def test_a_run_is_stopped_by_sigterm_and_resumed_but_by_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    stopped_by(signal.SIGTERM, "identitize", folder)
+    first = start("identitize", folder, "--resume", prepare=(slowly,))
+    wait_for(folder / "lock")
+    for flags, words in ((["--resume"], "another process"), ([], "already holds")):
+        code, text = finish("identitize", folder, *flags, output=f"{folder}2.txt")
+        assert code == 2 and "Traceback" not in text and words in text.splitlines()[-1], text
+    assert first.exitcode is None                                  # it was not disturbed
+    first.kill()                                                   # and a kill leaves no lock
+    first.join()
+    assert finish("identitize", folder, "--resume")[0] == 0
+    assert [record["epoch"] for record in log_of(folder)] == [1, 2, 3, 4, 5, 6]
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    code, text = finish("identitize", folder, "--resume")
+    assert code == 0 and "complete" in text.splitlines()[-1]
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.slow
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
+    # nohup python identitize.py &
+    life = start("identitize", tmp_path / "run", prepare=(ignored, signal.SIGHUP))
+    wait_for(tmp_path / "run" / "checkpoint.pt")
+    os.kill(life.pid, signal.SIGHUP)
+    life.join(60)
+    assert life.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_run_with_a_pretext_file_does_not_need_the_file_again(whole, tmp_path):
+    shutil.copytree(whole("identitize")[0], tmp_path / "pretext")
+    flags = ["--pretext", str(tmp_path / "pretext" / "backbone.pt")]
+    stopped_by(signal.SIGTERM, "scan", tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "pretext")
+    code, text = finish("scan", tmp_path / "run", "--resume", *flags)
+    assert code == 0, text
+
+
+# ------------------------------------------------------------------------------------------------
+# Two identical runs at the smallest sizes
+
+def precision(name):
+    common.fast_dtype = lambda device: getattr(torch, name)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_two_identical_runs_of_the_smallest_size_are_the_same_to_the_last_bit(script, dtype, tmp_path):
+    # The smallest width is the one that the script's own parser takes. Below 8 channels torch's
+    # backward of a strided 1x1 convolution writes over foreign memory on some processors.
+    width = next(w for w in range(1, 99) if understood(script, f"--width={w}"))
+    for folder in ("one", "other"):
+        code, text = finish(script, tmp_path / folder, *SMALLEST.get(script, "").split(),
+                            *f"""--image-size 8 --width {width} --stem-stride 1 --batch-size 2 --clusters 2
+                            --train-size 10 --epochs 1 --seed 9223372036854775807""".split(),
+                            prepare=(precision, dtype))
+        assert code == 0, text
+    a, b = (common.load_checked(tmp_path / folder / "checkpoint.pt")["state"]
+            for folder in ("one", "other"))
+    assert same(a, b) and len(tensors(a)) > 1
+
+
+def understood(script, *flags):
+    try:
+        return bool(importlib.import_module(script).parse(flags))
+    except SystemExit:
+        return False
+
+
+@ALL
+@pytest.mark.parametrize("flags", [["--image-size=7"], ["--image-size=8", "--stem-stride=2"],
+                                   ["--width=0"], ["--batch-size=1"], ["--train-size=1"]])
+def test_smaller_ones_are_refused_and_nothing_is_written(script, flags, tmp_path, few_shapes, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).main(arguments(script, tmp_path / "run", *flags))
+    err = capsys.readouterr().err
+    assert flags[-1].split("=")[0] in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,9 +355,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_is_kept(script, whole, 
     folder = tmp_path / "run"
     code, text = finish(script, folder, prepare=(files_of_at_most, 8000, 2))
     assert code == 1 and "Traceback" not in text, text
-    assert "the machine refused a file" in text.splitlines()[-1]
-    assert common.load_checked(folder / "checkpoint.pt")["epoch"] >= 1
-    assert not list(folder.glob("*.tmp"))
+    assert "refused a file" in text.splitlines()[-1] and "--resume" in text.splitlines()[-1]
+    kept = [common.load_checked(path)["epoch"] for path in folder.glob("checkpoint*.pt")]
+    assert max(kept) >= 1 and not list(folder.glob("*.tmp"))
     assert finish(script, folder, "--resume")[0] == 0
     assert_equal_runs(whole(script)[0], folder)
 
@@ -297,38 +374,24 @@ def test_a_folder_that_cannot_be_made_is_one_line(script, few_shapes, capsys):
 # Not a number, not enough memory
 
 @ALL
-@pytest.mark.parametrize("what", ["an image", "a weight"])
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(
-        script, what, tmp_path, monkeypatch, few_shapes, capsys):
-    module, calls = importlib.import_module(script), []
-    real_step, real_batches = module.step, module.batches
-
-    def step(optimizer, *rest):                                    # the 9th of 6 in an epoch
-        calls.append(1)
-        if what == "a weight" and len(calls) == 8:
-            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
-        return real_step(optimizer, *rest)
+        script, tmp_path, monkeypatch, few_shapes, capsys):
+    module, calls, real = importlib.import_module(script), [], importlib.import_module(script).batches
+    monkeypatch.setattr(common.Run, "INTERVAL", 0)
 
     def batches(*given):
-        for index, *views in real_batches(*given):
-            if what == "an image" and len(calls) == 8:
+        for index, *views in real(*given):
+            calls.append(1)
+            if len(calls) == 9:                                    # 6 in an epoch: in the second
                 views[0][0, 0, 0, 0] = float("inf")
             yield index, *views
-    monkeypatch.setattr(module, "step", step)
     monkeypatch.setattr(module, "batches", batches)
     with pytest.raises(SystemExit) as stop:
         module.main(arguments(script, tmp_path / "run"))
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 1 and len(err.splitlines()) == 1
-    assert "epoch 2" in err and "step 3" in err and "nan" in err
-    saved = common.load_checked(tmp_path / "run" / "checkpoint.pt")
-    assert saved["epoch"] == 1
-
-    def finite(state):
-        values = state.values() if isinstance(state, dict) else state
-        return all(v.isfinite().all() if isinstance(v, torch.Tensor) else
-                   finite(v) if isinstance(v, (dict, list)) else True for v in values)
-    assert finite(saved["state"])
+    assert "epoch 2" in err and "not finite" in err and "epoch 1 is kept" in err
+    assert common.load_checked(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
 @ALL
@@ -336,11 +399,11 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(script, tmp_path,
                                                                few_shapes, capsys):
     module = importlib.import_module(script)
 
-    def step(*_):
+    def batches(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(module, "step", step)
+    monkeypatch.setattr(module, "batches", batches)
     with pytest.raises(SystemExit) as stop:
         module.main(arguments(script, tmp_path / "run"))
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 1 and len(err.splitlines()) == 1
-    assert "--batch-size (now 50)" in err and "--width (now 2)" in err
+    assert "--batch-size" in err and "--width" in err and "None" not in err

@@ -179,15 +179,6 @@ def test_without_neighbours_an_image_has_itself_alone():
     assert torch.equal(scan.mine(F.normalize(logits(5, 3), dim=1), 0), torch.arange(5)[:, None])
 
 
-def test_true_neighbours_all_have_the_label_of_their_anchor():
-    labels = torch.arange(60) % 3
-    near = scan.mine(F.normalize(logits(60, 4), dim=1), 8)
-    kept = scan.only_true(near, labels)
-    assert (labels[kept] == labels[:, None]).all() and torch.equal(kept[:, 0], near[:, 0])
-    for before, after in zip(near.tolist(), kept.tolist()):        # all the right ones, no other
-        assert set(after) == {j for j in before if labels[j] == labels[before[0]]}
-
-
 def test_full_loss_is_the_mean_over_all_pairs_of_an_image_and_a_neighbour():
     out, near = logits(20, 2, 3), scan.mine(F.normalize(logits(20, 4), dim=1), 4)
     p = out.softmax(2)
@@ -231,8 +222,8 @@ PILLOW = {
 }
 
 
-@pytest.mark.parametrize("name, operation, low, high", scan.OPERATIONS)
-def test_each_operation_is_pillows_with_a_magnitude_for_each_image(name, operation, low, high):
+@pytest.mark.parametrize("name, low, high, operation", scan.OPERATIONS)
+def test_each_operation_is_pillows_with_a_magnitude_for_each_image(name, low, high, operation):
     x, images = pictures()
     place = torch.tensor([.03, .21, .48, .66, .87, .99])
     magnitude = low + (high - low) * place
@@ -264,65 +255,130 @@ def test_the_input_of_the_augmentation_is_left_alone():
     assert torch.equal(x, before)
 
 
-def test_cutout_is_one_square_clipped_at_the_border_and_its_size_is_that_of_each_image():
-    x = torch.ones(500, 3, 32, 32)
+def test_cutout_is_a_square_of_even_side_clipped_at_the_border():
+    x = torch.ones(2000, 3, 32, 32)
     hole = scan.cutout(x, 16, common.generator(0, 0, "c"))[:, 0] == 0
     rows, columns = hole.any(2).sum(1), hole.any(1).sum(1)
     assert torch.equal(hole.flatten(1).sum(1), rows * columns)     # a rectangle
-    assert rows.max() == 16 and rows.min() == 1 and len(rows.unique()) == 16
     border = [hole[:, 0], hole[:, -1], hole[:, :, 0], hole[:, :, -1]]
     inside = torch.stack([side.sum(1).eq(0) for side in border]).all(0)
-    assert inside.sum() > 100 and torch.equal(rows[inside], columns[inside])
+    assert torch.equal(rows[inside], columns[inside])
+    assert set(rows[inside].tolist()) == {0, 2, 4, 6, 8, 10, 12, 14, 16}
+
+
+def test_cutout_erases_as_much_as_the_released_one_and_at_times_nothing():
+    # The side is 2 (l // 2), l uniform in 1..16: with l = 1, of 16 draws, nothing is erased. The
+    # mean share of 6.8 % at 32 px is that of the released code.
+    x = torch.ones(20000, 1, 32, 32)
+    erased = (scan.cutout(x, 16, common.generator(0, 0, "c")) == 0).float().flatten(1).mean(1)
+    assert abs(erased.mean() - .068) < .001
+    assert abs((erased == 0).float().mean() - 1 / 16) < .006
 
 
 def test_cutout_comes_after_normalising():
-    args = scan.parse(["--cutout", "16"])
     statistics = (torch.full((1, 3, 1, 1), .2), torch.full((1, 3, 1, 1), .5))
-    strong = scan.make_views(args, 32, statistics)["strong"]
+    strong = scan.make_views(scan.parse([]), 32, statistics)["strong"]
     view = strong(torch.rand(200, 3, 32, 32), common.generator(0, 0, "v"))
     # the mean colour; black would be -.4
-    assert (view == 0).all(1).flatten(1).any(1).float().mean() > .95
+    assert (view == 0).all(1).flatten(1).any(1).float().mean() > .85
+
+
+def test_the_stem_for_96_px_pools_two_by_two_without_overlap():
+    x = torch.rand(2, 3, 96, 96)
+    assert torch.equal(common.resnet18(96).maxpool(x), F.max_pool2d(x, 2, 2))
+    assert not torch.equal(F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x, 2, 2))     # of equal size
+
+
+# ---- what is wrong with a clustering
+
+def clustering(clusters, confidence):
+    c, p = torch.tensor(clusters), torch.tensor(confidence)
+    return common.Clustering(c, c, p, p)
+
+
+def test_a_good_clustering_has_nothing_wrong():
+    assert scan.complaint(clustering([0, 1, 2], [.999, .999, .999]), 3, .99) == ""
+
+
+def test_empty_clusters_and_unsure_ones_are_counted_apart():
+    found = clustering([0, 0, 1, 1, 4], [.999, .5, .5, .6, .999])
+    text = scan.complaint(found, 5, .99)                           # 2 and 3 empty, 1 unsure
+    assert "2 of 5 clusters are empty" in text and "in 1 of 5 clusters fewer than 5 %" in text
 
 
 # ---- the script
 
-TINY = ["--width", "2", "--image-size", "16", "--train-size", "200", "--batch-size", "64",
-        "--epochs", "2", "--cluster-epochs", "2", "--cluster-batch", "50",
-        "--self-label-epochs", "2", "--self-label-batch", "100",
-        "--threshold", ".11", "--neighbours", "5", "--device", "cpu"]
+TINY = ["--width", "8", "--image-size", "16", "--batch-size", "64", "--epochs", "2",
+        "--cluster-epochs", "2", "--cluster-batch", "50", "--self-label-epochs", "2",
+        "--self-label-batch", "100", "--threshold", ".11", "--neighbours", "5", "--device", "cpu",
+        "--unsafe", "go"]
 
 
 def run(out, *more):
     scan.train(scan.parse([*TINY, "--out", str(out), *more]))
-    return common.load_checked(out / "checkpoint.pt")
+    return common.load_checked(out / "checkpoint.pt")["state"]
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def records(out, stage):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["stage"] == stage]
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(epoch): runs end there as by a kill, after a checkpoint."""
+    def at(epoch):
+        whole = common.Run.end_epoch
+
+        def end_epoch(self, *given, **state):
+            whole(self, *given, **state)
+            if self.epoch == epoch:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(common.Run, "INTERVAL", 0)
+        monkeypatch.setattr(common.Run, "end_epoch", end_epoch)
+        return whole
+    return at
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_pictures_and_rows_for_all_steps(tmp_path):
+def test_a_run_leaves_its_pictures_and_rows_for_all_steps(few_shapes, tmp_path):
     run(tmp_path / "a")
     left = {f.name for f in (tmp_path / "a").iterdir()}
     assert {"neighbours.png", "prototypes.png", "confusion.png", "views.png", "backbone.pt",
-            "clusters.csv"} <= left
-    result = json.loads((tmp_path / "a" / "result.json").read_text())
+            "pretext.pt", "model.pt", "clusters.csv"} <= left
+    found = result(tmp_path / "a")
     rows = {"raw pixels", "pretext + k-means", "SCAN loss", "+ self-label"}
-    assert rows <= result["scores"].keys()
-    assert result["neighbour_accuracy"].keys() == {"top-1", "top-5"}
-
-
-@pytest.mark.slow
-def test_a_step_without_confident_images_is_skipped_and_counted(tmp_path):
-    state = run(tmp_path / "a", "--threshold", "1")
-    last = state["log"][-1]
-    assert last["skipped"] == 2 and last["confident"] == 0
-    # Skipped means that no weight moved: the weights are those handed over by step 2.
-    before = [r for r in state["log"] if r["stage"] == "cluster"]
-    moments = state["state"]["optimizer"]["state"].values()
-    assert len(before) == 2 and not any("exp_avg" in s for s in moments)
+    assert rows <= found["scores"].keys() and len(found["map"]) == 10
+    assert found["neighbour_accuracy"].keys() == {"top-1", "top-5"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_pseudo_labels_come_from_a_pass_in_the_mode_that_was_asked_for(tmp_path, monkeypatch, mode):
+def test_without_a_confident_image_step_3_leaves_the_whole_network_as_it_was(
+        few_shapes, tmp_path, capsys, mode):
+    # "whole": with the statistics of BatchNorm, which a forward pass in train mode would move.
+    state = run(tmp_path / "a", "--threshold", "1", "--weak-pass", mode)
+    assert [r["skipped"] for r in records(tmp_path / "a", "self-label")] == [3, 3]
+    assert "as step 2 left it" in capsys.readouterr().out
+    backbone = torch.load(tmp_path / "a" / "backbone.pt", weights_only=True)
+    given = {k.removeprefix("backbone."): v for k, v in state["given"].items() if "head" not in k}
+    assert same_weights(backbone, given)
+    scores = result(tmp_path / "a")["scores"]
+    assert scores["+ self-label"] == scores["SCAN loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_pseudo_labels_come_from_a_pass_in_the_mode_that_was_asked_for(
+        few_shapes, tmp_path, monkeypatch, mode):
     seen, whole, stage = [], scan.Network.forward, scan.self_label
 
     def forward(net, x):
@@ -331,35 +387,68 @@ def test_pseudo_labels_come_from_a_pass_in_the_mode_that_was_asked_for(tmp_path,
 
     def self_label(*given):
         monkeypatch.setattr(scan.Network, "forward", forward)
-        stage(*given)
+        notes = stage(*given)
         monkeypatch.setattr(scan.Network, "forward", whole)
+        return notes
     monkeypatch.setattr(scan, "self_label", self_label)
-    run(tmp_path / "a", "--weak-pass", mode)
-    assert seen == [(False, mode == "train"), (True, True)] * 4    # 2 epochs of 2 steps
+    run(tmp_path / "a", "--weak-pass", mode, "--threshold", "0")
+    assert seen == [(False, mode == "train"), (True, True)] * 6    # 2 epochs of 3 steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold, warned", [("1", True), (".05", False)])
-def test_a_hand_over_with_clusters_nobody_is_sure_of_is_warned_of(
-        tmp_path, capsys, threshold, warned):
-    run(tmp_path / "a", "--threshold", threshold)
-    assert ("fewer than 5 % of the images" in capsys.readouterr().out) == warned
+def test_an_unsafe_hand_over_stops_before_step_3_by_default(few_shapes, tmp_path, capsys):
+    run(tmp_path / "a", "--threshold", "1", "--unsafe", "stop")
+    text = capsys.readouterr().out
+    assert text.count("step 3 is left out (--unsafe go runs it)") == 1
+    assert not records(tmp_path / "a", "self-label")
+    found = result(tmp_path / "a")
+    assert found["left_out"] and "+ self-label" not in found["scores"]
 
 
 @pytest.mark.slow
-def test_more_clusters_than_classes_are_scored_by_majority_vote(tmp_path):
+def test_a_run_interrupted_in_step_3_repeats_neither_scores_nor_warnings(
+        few_shapes, tmp_path, capsys, monkeypatch, stop_after):
+    whole = stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", "--threshold", ".2")
+    first = capsys.readouterr().out
+    assert first.count("after step 2") == 1
+    monkeypatch.setattr(common.Run, "end_epoch", whole)
+    resumed = run(tmp_path / "a", "--threshold", ".2", "--resume")
+    assert "after step 2" not in capsys.readouterr().out
+    assert same_weights(resumed["net"], run(tmp_path / "b", "--threshold", ".2")["net"])
+    assert result(tmp_path / "a")["scores"] == result(tmp_path / "b")["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_run_made_with_a_pretext_file_goes_on_without_the_file(
+        few_shapes, tmp_path, monkeypatch, stop_after, epoch):
+    run(tmp_path / "a")
+    file = tmp_path / "pretext.pt"
+    file.write_bytes((tmp_path / "a" / "pretext.pt").read_bytes())
+    given = ["--pretext", str(file)]
+    whole = stop_after(epoch)                                      # in step 2; in step 3
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", *given)
+    monkeypatch.setattr(common.Run, "end_epoch", whole)
+    uninterrupted = run(tmp_path / "c", *given)["net"]
+    file.unlink()
+    assert same_weights(run(tmp_path / "b", *given, "--resume")["net"], uninterrupted)
+
+
+@pytest.mark.slow
+def test_more_clusters_than_classes_are_scored_by_majority_vote(few_shapes, tmp_path):
     run(tmp_path / "a", "--clusters", "20", "--heads", "3", "--select", "test")
-    scores = json.loads((tmp_path / "a" / "result.json").read_text())["scores"]
-    assert scores["SCAN loss"]["rule"] == "majority vote"
+    found = result(tmp_path / "a")
+    assert found["scores"]["SCAN loss"]["rule"] == "majority vote" and len(found["map"]) == 20
 
 
 @pytest.mark.slow
-def test_a_pretext_file_is_loaded_strictly_and_a_foreign_one_refused(tmp_path, capsys):
+def test_a_backbone_of_another_shape_stem_or_size_is_refused(few_shapes, tmp_path):
     run(tmp_path / "a")
     file = str(tmp_path / "a" / "backbone.pt")
-    run(tmp_path / "b", "--pretext", file)
-    assert "tensors" in capsys.readouterr().out
-    for more, word in ((["--width", "4"], "width"), (["--stem-stride", "1"], "stem-stride"),
+    for more, word in ((["--width", "16"], "width"), (["--stem-stride", "1"], "stem-stride"),
                        (["--image-size", "32"], "image-size")):
         with pytest.raises(common.UserError, match=word):
             run(tmp_path / "c", "--pretext", file, *more)
@@ -367,10 +456,42 @@ def test_a_pretext_file_is_loaded_strictly_and_a_foreign_one_refused(tmp_path, c
     weights.pop("layer2.0.bn1.weight")
     torch.save(weights, tmp_path / "part.pt")
     (tmp_path / "broken.pt").write_bytes(b"nothing")
-    for name, word in (("part.pt", "layer2.0.bn1.weight"), ("broken.pt", "broken.pt"),
+    for name, word in (("part.pt", "layer2.0.bn1.weight is absent"), ("broken.pt", "broken.pt"),
                        ("none.pt", "none.pt")):
         with pytest.raises(common.UserError, match=word):
             run(tmp_path / "d", "--pretext", str(tmp_path / name))
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["[1, 2]", "{\"settings\": 3, \"dataset\": 4}", "no JSON"])
+def test_a_result_of_another_tool_beside_the_pretext_file_is_ignored(few_shapes, tmp_path, text):
+    run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.pt").write_bytes((tmp_path / "a" / "backbone.pt").read_bytes())
+    (tmp_path / "b" / "result.json").write_text(text)
+    run(tmp_path / "c", "--pretext", str(tmp_path / "b" / "mine.pt"))
+
+
+@pytest.mark.slow
+def test_assign_gives_the_images_of_a_run_the_clusters_that_the_run_gave_them(
+        few_shapes, tmp_path, capsys):
+    run(tmp_path / "a")
+    scan.main(["--assign", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--device", "cpu"])
+    same = [(tmp_path / name / "clusters.csv").read_text() for name in "ab"]
+    assert same[0] == same[1]
+    text, found = capsys.readouterr().out, result(tmp_path / "b")
+    assert "cluster 0 is mostly" in text and found["map"] == result(tmp_path / "a")["map"]
+    assert abs(found["acc"] - result(tmp_path / "a")["scores"]["+ self-label"]["acc"]) < 1e-6
+    assert (tmp_path / "b" / "summary.txt").exists()
+
+
+def test_assign_needs_a_finished_run(tmp_path):
+    for content in (None, b"nothing"):
+        if content:
+            (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(common.UserError, match="--assign"):
+            scan.assign(scan.parse(["--assign", str(tmp_path), "--out", str(tmp_path / "o")]))
 
 
 def test_step_3_ends_on_a_plateau_of_the_confident_share():
@@ -384,40 +505,28 @@ def test_a_folder_without_labels_ends_with_a_sheet_for_each_cluster_and_no_score
     rng, photos = np.random.default_rng(0), tmp_path / "photos"
     photos.mkdir()
     for i in range(60):
-        mode = ("RGB", "L", "RGBA", "P")[i % 4]
         pixels = rng.integers(0, 256, (30 + i % 7, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert(mode).save(photos / f"{i}.png")
-    Image.fromarray(rng.integers(0, 65536, (40, 40), dtype=np.uint16)).save(photos / "deep.png")
+        Image.fromarray(pixels).save(photos / f"{i}.png")
     (photos / "broken.jpg").write_bytes(b"not a picture")
     scan.train(scan.parse(["--dataset", str(photos), "--data-dir", str(tmp_path), "--clusters",
-                           "3", "--width", "2", "--epochs", "1", "--cluster-epochs", "2",
-                           "--self-label-epochs", "1", "--out",
+                           "3", "--width", "8", "--epochs", "1", "--cluster-epochs", "2",
+                           "--self-label-epochs", "1", "--unsafe", "go", "--out",
                            str(tmp_path / "out"), "--device", "cpu"]))
     text = capsys.readouterr().out
     assert "ACC" not in text and "broken.jpg" in text and "Balance" in text and "Confidence" in text
     with open(tmp_path / "out" / "clusters.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 61 and {r["image"] for r in rows} >= {"0.png", "deep.png"}
-    used = {int(r["cluster"]) for r in rows}
+    assert {r["image"] for r in rows} == {f"{i}.png" for i in range(60)}
     sheets = {f.name for f in (tmp_path / "out" / "sheets").iterdir()}
-    assert sheets == {f"cluster-{c:03}.png" for c in used}
+    assert sheets == {f"cluster-{int(r['cluster']):03}.png" for r in rows}
     assert not (tmp_path / "out" / "confusion.png").exists()
-
-
-def test_a_folder_without_labels_needs_the_number_of_clusters(tmp_path):
-    for i in range(4):
-        Image.new("RGB", (32, 32), (i * 60, 0, 0)).save(tmp_path / f"{i}.png")
-    with pytest.raises(common.UserError, match="--clusters"):
-        scan.train(scan.parse(["--dataset", str(tmp_path), "--data-dir", str(tmp_path), "--out",
-                               str(tmp_path / "o")]))
 
 
 @pytest.mark.slow
 def test_on_shapes_the_scan_step_finds_most_shapes_and_self_labelling_keeps_them(
         tmp_path, two_threads):
-    # Four seeds gave .997 to 1.000 after the SCAN step; k-means on pixels gives .17.
-    scan.train(scan.parse(["--self-label-epochs", "3", "--device", "cpu", "--out",
+    scan.train(scan.parse(["--self-label-epochs", "3", "--unsafe", "go", "--device", "cpu", "--out",
                            str(tmp_path / "a")]))
-    scores = json.loads((tmp_path / "a" / "result.json").read_text())["scores"]
+    scores = result(tmp_path / "a")["scores"]
     assert scores["SCAN loss"]["acc"] > .9 > .3 > scores["raw pixels"]["kmeans"]["acc"]
     assert scores["+ self-label"]["acc"] > scores["SCAN loss"]["acc"] - .02
