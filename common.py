@@ -1,18 +1,16 @@
-"""What the four scripts share: data, views, backbone, evaluation, run folder, pictures.
+"""What the four scripts share: what is standard and what they use identically. If a paper has a
+sentence about it, it stands in the script of that paper.
 
-Nothing here belongs to one paper. If a paper has a sentence about it, it stands in the script of
-that paper. If it is standard and the scripts use it identically, it stands here.
-
-    1. Failing well      one clear line instead of a traceback; the flags that all scripts share
-    2. Randomness        one generator for each (seed, epoch, purpose); the device
-    3. Data              the whole dataset as one uint8 tensor on the device
-    4. Folders           the user's own images: which are classes, how they become pixels
-    5. Views             batched augmentations; each image has its own random draw
-    6. Backbone          torchvision's ResNet-18 with the right stem for the image size
-    7. Training          learning rate, batches, means of the loss terms
-    8. Evaluation        clusters, k-means, kNN, linear probe
-    9. Run folder        log, checkpoints, result, clusters.csv
-    10. Pictures         grids of images, matrices, curves
+     1. Failing well      one clear line instead of a traceback; the flags that all scripts share
+     2. Randomness        one generator for each (seed, epoch, purpose); the device
+     3. Data              the whole dataset as one uint8 tensor on the device
+     4. Folders           the user's own images: which are classes, how they become pixels
+     5. Views             batched augmentations; each image has its own random draw
+     6. Backbone          torchvision's ResNet-18 with the right stem for the image size
+     7. Training          learning rate, batches, means of the loss terms
+     8. Evaluation        clusters, k-means, kNN, linear probe
+     9. Run folder        log, checkpoints, result
+    10. Pictures          clusters.csv, grids of images, matrices, curves
 
 Shapes: N images, B of a batch, H x W pixels, D feature dimensions, K clusters, C classes.
 """
@@ -43,19 +41,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from scipy.optimize import linear_sum_assignment, minimize
+from scipy.optimize import linear_sum_assignment
+from scipy.special import comb
 from scipy.stats import entropy
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-try:
-    import fcntl                          # locks a run folder; Windows has none
-except ImportError:
-    fcntl = None
-
 # ------------------------------------------------------------------------------------------------
 # 1. Failing well, and the flags that all scripts share
-
 
 class UserError(Exception):
     """Something the user can put right: shown as one line, exit code 2."""
@@ -63,13 +56,11 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """A loss term or a weight became NaN or infinite."""
-    code = 1
+    code = 1                              # a loss term or a weight became NaN or infinite
 
 
 class Finished(UserError):
-    """There is nothing left to do."""
-    code = 0
+    code = 0                              # there is nothing left to do
 
 
 class Damaged(Exception):
@@ -77,32 +68,33 @@ class Damaged(Exception):
 
 
 def run_script(train, args):
-    """Call train(args) and turn every expected failure into one line and an exit code: 2 for what
-    the user can put right, 1 for what the machine or the numbers did, 128 + n for a signal."""
+    """Call train(args). An expected failure becomes one line and an exit code: 2 for what the user
+    can put right, 1 for what the machine or the numbers did, 128 + n for signal n."""
     def stop(number, _):
         raise KeyboardInterrupt(number)
-    for stream in (sys.stdout, sys.stderr):                        # of a narrow encoding, or closed
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     before = {}
     for name in ("SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):      # Windows; not the main thread
             if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # of nohup
                 before[name] = signal.signal(getattr(signal, name), stop)
+    with contextlib.suppress(AttributeError):                      # no stream, or of a notebook
+        for stream in (sys.stdout, sys.stderr):                    # of a narrow encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         return train(copy.copy(args))
     except BaseException as error:
+        code, line = 1, str(error)
         if isinstance(error, UserError):
-            code, line = error.code, str(error)
+            code = error.code
         elif isinstance(error, KeyboardInterrupt):                 # of Ctrl-C, without a number
             code, line = 128 + (error.args or (2,))[0], "interrupted"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-                "can't allocate memory" in str(error):             # a CPU has no class for it
-            code, line = 1, "out of memory: lower --batch-size, --width or --image-size"
-        elif isinstance(error, OSError):                           # a full disk, a reader that left
-            if isinstance(error, BrokenPipeError):
+                "can't allocate memory" in line:                   # a CPU has no class for it
+            line = "out of memory: lower --batch-size, --width or --image-size"
+        elif isinstance(error, OSError):                           # a full disk
+            line = f"the machine refused a file: {one_line(error)}"
+            if isinstance(error, BrokenPipeError):                 # a reader that left
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code, line = 1, f"the machine refused a file: {one_line(error)}"
         else:
             raise
         line += getattr(error, "resume", "")                       # a Run says where it stands
@@ -116,48 +108,37 @@ def run_script(train, args):
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that all scripts share. A wrong argument is answered by one line.
-
     A script adds its own flags with training(...) and method(...)."""
 
     def __init__(self, doc, epochs):
         super().__init__(description=(doc or "").split("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument_group("what most people need").add_argument
-        add("--dataset", default="shapes", help=", ".join(NAMES) + ", or the path of a folder of "
-            "images")
-        add("--clusters", type=number(int, 2), help="how many to report; else as many as classes")
+        add("--dataset", default="shapes", help=f"{', '.join(NAMES)}, or a folder of images")
+        add("--clusters", type=number(int, 2), help="how many; else as many as classes")
         add("--epochs", type=number(int, 1), default=epochs, help="passes over the images")
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
-        add("--resume", action="store_true", help="continue the run in the run folder")
+        add("--resume", action="store_true", help="continue that run")
         add = self.add_argument_group("where and on what").add_argument
-        add("--data-dir", default="data", help="downloads and decoded folders; for imagenet10 and "
-            "imagenet-dogs the ImageNet folder")
-        add("--classes", metavar="FILE", help="keep only the class folders named in this file")
-        add("--unlabelled", action="store_true", help="ignore the names of folders: take all "
-            "images below --dataset, without labels")
-        add("--labelled", action="store_true", help="take folders as classes even where images lie "
-            "beside them")
+        add("--data-dir", default="data", help="of downloads, decoded folders and ImageNet")
+        add("--classes", metavar="FILE", help="names the class folders to keep")
+        add("--unlabelled", action="store_true", help="ignore the names of folders")
+        add("--labelled", action="store_true", help="only images in class folders")
         add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
-        add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how an image that "
-            "is not square becomes square")
-        add("--train-size", type=number(int, 2), help="learn from so many images, equally many of "
-            "each class")
-        add("--width", type=number(int, 8, 512), default=64, help="channels of ResNet-18's first "
-            "stage")
-        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: half the size at once, "
-            "for laptops")
+        add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
+        add("--train-size", type=number(int, 2), help="learn from so many, balanced")
+        add("--width", type=number(int, 8, 512), default=64, help="channels of the first stage")
+        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: half the size, faster")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-        add("--compile", action="store_true", help="torch.compile the network: slow to start")
+        add("--compile", action="store_true", help="torch.compile: slow to start")
         self.training = self.add_argument_group("training").add_argument
         self.method = self.add_argument_group("the method").add_argument
 
     def parse(self, argv, defaults):
         """The arguments. defaults: {dataset: {flag: value}}, where they differ from the flags' own;
         'folder' stands for any path."""
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--dataset", default="shapes")
-        name = early.parse_known_args(argv)[0].dataset
+        name = self.parse_args(argv).dataset
         self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
         args = self.parse_args(argv)
         for flag, value in vars(args).items():
@@ -167,7 +148,7 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, flag, os.path.expanduser(value))     # the shell leaves --out=~/x
         return args
 
-    def format_help(self):                 # without defaults that say nothing
+    def format_help(self):                                         # without empty defaults
         return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message):
@@ -181,11 +162,11 @@ def number(kind, low, high=2**31, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
+        if low < value <= high or (value == low and not above):
+            return value
         limit = f"more than {low}" if above else f"at least {low}"
         if value > high:
             limit = f"at most {high}"
-        elif value > low or (value == low and not above):
-            return value
         noun = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of {limit}")
     return convert
@@ -194,9 +175,9 @@ def number(kind, low, high=2**31, above=False):
 def progress(what, done, total, started):
     """A live line, rewritten in place; on a terminal only, so that log files stay readable."""
     if sys.stdout and sys.stdout.isatty():
-        left = (time.time() - started) * (total - done) / max(done, 1)
-        line = f"  {what} {done:,}/{total:,}, {duration(left)} left"
-        print("\r" + (line.ljust(78) if done < total else " " * 78 + "\r"), end="", flush=True)
+        left = duration((time.time() - started) * (total - done) / done)
+        line = f"  {what} {done:,}/{total:,}, {left} left" if done < total else ""
+        print(f"\r{line:78}", end="" if line else "\r", flush=True)
 
 
 def duration(seconds):
@@ -240,14 +221,14 @@ def fast_dtype(device):
 
 
 def autocast(device):
-    """Mixed precision for the network: float32 weights, bfloat16 convolutions and products where
-    that is fast. Losses are computed outside it, in float32."""
+    """For the network alone: float32 weights, bfloat16 products where that is fast. Losses are
+    computed outside it, in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Data: the whole dataset is one uint8 tensor on the device. There is no DataLoader and no
-#    worker: CIFAR takes 0.15 GB, Tiny-ImageNet 1.2 GB, STL-10 with its unlabelled images 2.9 GB.
+# 3. Data: the whole dataset is one uint8 tensor on the device, without DataLoader and workers.
+#    CIFAR takes 0.15 GB, Tiny-ImageNet 1.2 GB, STL-10 with its unlabelled images 2.9 GB.
 
 class Split(NamedTuple):
     images: torch.Tensor                  # (N, 3, H, W) uint8
@@ -283,13 +264,9 @@ SUBSETS = {                               # of ImageNet, in the clustering liter
 def load_dataset(name, data_dir="data", image_size=None, **options):
     """A dataset by name, or a folder of images by path. -> Dataset, on the CPU
 
-    data_dir    where downloads and decoded folders are kept; for imagenet10 and imagenet-dogs the
-                ImageNet folder with its train/ and val/
-    image_size  side in pixels; None: the dataset's own (of a folder: see decode_all)
-    options     for folders: unlabelled, out (see _folder); classes, fit, decoding, network (see
-                read_files)
-
-    Raises UserError, one line, for an unknown name, an unusable folder, a failed download."""
+    data_dir: of downloads and decoded folders; for imagenet10 and imagenet-dogs ImageNet itself.
+    image_size: side in pixels; None: the dataset's own. options: of folders, see _folder. Raises
+    UserError for an unknown name, an unusable folder, a failed download."""
     data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
     if name == "shapes":
         data = _shapes(image_size or 32)
@@ -314,9 +291,8 @@ def look_over(data):
     """Warn of flat images and of copies. -> the fingerprint, a hash of the training pixels"""
     train, test = ([hashlib.blake2b(image, digest_size=16).digest() for image in s.images.numpy()]
                    for s in (data.train, data.test))
-    n, seen = len(train), set(train)
-    flat = sum(int((part.amax((2, 3)) - part.amin((2, 3)) <= 2).all(1).sum())
-               for part in data.train.images.split(4096))
+    n, seen, x = len(train), set(train), data.train.images
+    flat = (x.amax((2, 3)) - x.amin((2, 3)) <= 2).all(1).sum().item()
     for count, what in ((flat, "are one flat colour"), (n - len(seen), "are copies of others")):
         if count > .1 * n:
             print(f"WARNING: {count:,} of {n:,} training images {what}")
@@ -403,17 +379,16 @@ def _torchvision(name, data_dir, image_size):
     kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "cifar20": sets.CIFAR100,
             "fashion-mnist": sets.FashionMNIST, "stl10": sets.STL10}[name]
     parts = [{"train": True}, {"train": False}]
-    if name == "stl10":                                       # 5,000 labelled, 100,000 not
+    if name == "stl10":                                            # 5,000 labelled, 100,000 not
         parts = [{"split": "train+unlabeled"}, {"split": "test"}]
     patience = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(30)
         both = [kind(data_dir, download=True, **part) for part in parts]
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        files = "its four .gz files" if name == "fashion-mnist" else kind.filename
-        place = data_dir / "FashionMNIST/raw" if name == "fashion-mnist" else data_dir
+        files = getattr(kind, "filename", "its four .gz files, below FashionMNIST/raw,")
         raise UserError(f"{name} could not be downloaded ({one_line(error)}); put {files} in "
-                        f"{place} and start again, {NEEDS_NOTHING}") from None
+                        f"{data_dir} and start again, {NEEDS_NOTHING}") from None
     finally:
         socket.setdefaulttimeout(patience)
     arrays, classes = [], both[0].classes
@@ -442,9 +417,8 @@ def _resized(images, size):
 def prepare(args, defaults):
     """How every script starts: whatever can be checked is checked before anything is written.
 
-    -> device, Dataset, index (n,) of the training images to learn from, number of clusters.
-    Prints the settings that `defaults` chose for this dataset. Raises UserError for a batch or
-    a number of clusters above n, and where nobody can know the number of clusters."""
+    -> device, Dataset, index (n,) of the training images to learn from, number of clusters. Prints
+    the settings that `defaults` chose. Raises UserError for what the data cannot give."""
     device = pick_device(args.device)
     data = load_dataset(args.dataset, args.data_dir, args.image_size, classes=args.classes,
                         unlabelled=args.unlabelled, labelled=args.labelled, fit=args.fit,
@@ -454,8 +428,8 @@ def prepare(args, defaults):
     if chosen:
         print(f"settings for {data.name}: {' '.join(chosen)}")
     if args.stem_stride == 2 and data.train.images.shape[-1] <= 8:     # the last stride would act
-        raise UserError("--stem-stride 2 needs images of more than 8 px: give --stem-stride 1 or a "
-                        "larger --image-size")                     # on 1 x 1: torch's kernel fails
+        raise UserError("--stem-stride 2 needs more than 8 px: give --stem-stride 1 or a larger "
+                        "--image-size")                            # on 1 x 1: torch's kernel fails
     index = subset(data.train.labels, len(data.train.images), args.train_size, args.seed)
     if args.clusters is None and data.classes is None:
         raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
@@ -473,36 +447,33 @@ def subset(labels, n, size, seed):
         return torch.arange(n)
     if size > n:
         raise UserError(f"--train-size {size}: there are only {n:,} training images")
-    order = torch.randperm(n, generator=generator(seed, 0, "subset"))
     if labels is None or (labels < 0).any():
-        return order[:size].sort().values
-    counts = torch.bincount(labels).tolist()
-    keep = [size // len(counts) + (c < size % len(counts)) for c in range(len(counts))]
-    if any(k > have for k, have in zip(keep, counts)):
-        raise UserError(f"--train-size {size} takes {max(keep):,} images of each class; one class "
-                        f"has only {min(counts):,}")
-    return torch.cat([order[labels[order] == c][:k] for c, k in enumerate(keep)]).sort().values
+        labels = torch.zeros(n, dtype=torch.int64)                 # as if all were of one class
+    order, classes = torch.randperm(n, generator=generator(seed, 0, "subset")), labels.max() + 1
+    parts = [order[labels[order] == c][:(size - c - 1) // classes + 1] for c in range(classes)]
+    index = torch.cat(parts).sort().values
+    if len(index) < size:
+        raise UserError(f"--train-size {size}: one class has only {min(map(len, parts)):,} images")
+    return index
 
 
 def to_device(images, device):
     """Move a uint8 dataset to the device; where it does not fit, leave it in pinned memory."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        if images.nbytes > .5 * free:
-            print(f"the images ({images.nbytes / 2**30:.1f} GiB) stay in host memory: the device "
-                  f"has {free / 2**30:.1f} GiB free")
-            return images.pin_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if images.nbytes > .5 * free:
+        print(f"the images ({images.nbytes / 2**30:.1f} GiB) stay in host memory: the device has "
+              f"{free / 2**30:.1f} GiB free")
+        return images.pin_memory()
     return images.to(device)
 
 
 def fetch(images, index, device):
     """images[index] as float in [0, 1] on the device. images (N, 3, H, W) uint8, index (B,) or
     (B, n) on the CPU."""
-    rows = index.flatten()                                         # index_select: faster than []
-    if images.device.type == device.type:
-        picked = images.index_select(0, rows.to(device, non_blocking=True))
-    else:
-        picked = images.index_select(0, rows).pin_memory().to(device, non_blocking=True)
+    rows = index.flatten().to(images.device, non_blocking=True)
+    picked = images.index_select(0, rows)                          # faster than images[rows]
+    if images.device.type != device.type:
+        picked = picked.pin_memory().to(device, non_blocking=True)
     return picked.unflatten(0, index.shape).float().div_(255)
 
 
@@ -847,14 +818,12 @@ def decode_all(name, paths, size, fit, decoding, network):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Views. Batched, on the device; every image gets its own draw. Inputs are (B, 3, H, W) float in
-#    [0, 1]. Random numbers come from a CPU generator, so a seed gives the same views everywhere.
+# 5. Views of a batch (B, 3, H, W) in [0, 1], on its device; every image gets its own draw. A CPU
+#    generator draws the random numbers, so a seed gives the same views everywhere.
 
 def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
     """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, H, W)
-
-    scale: range of the share of the area; flip: its probability (it costs nothing: the coordinates
-    of the crop are reversed). A box is resized to the size of the image, so it only ever grows."""
+    scale: range of the share of the area; flip: its probability."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n).uniform_(*scale, generator=rng)
     aspect = torch.empty(10, n).uniform_(*map(math.log, ratio), generator=rng).exp()
@@ -923,11 +892,9 @@ def adjust_hue(x, shift):
 
 def color_jitter(x, brightness, contrast, saturation, hue, rng, p=.8, groups=8):
     """torchvision's ColorJitter, applied to each image with probability p. -> (B, 3, H, W)
-
     Factors are uniform in [1 - strength, 1 + strength] and hue in [-hue, hue], drawn per image.
-    torchvision also shuffles the order of the four operations per image. Here image i belongs to
-    group i modulo `groups`, and each group has its own order: a training batch, which is a run of
-    neighbours, holds all of these orders."""
+    torchvision also shuffles the four operations per image. Here images i, i + groups, ... share an
+    order: a training batch, which is a run of neighbours, holds all `groups` orders."""
     n, ops = len(x), []
     on = torch.rand(n, generator=rng) < p
     for adjust, strength, same in (
@@ -965,12 +932,9 @@ def normalise(x, statistics):
 def resnet18(image_size, width=64, stem_stride=1):
     """torchvision's ResNet-18 without its classifier. (B, 3, H, W) -> (B, 8 * width) features
 
-    width        channels of the first stage: 64 is ResNet-18, 16 is for laptops and tests. At 64
-                 the state_dict loads into torchvision.models.resnet18 (up to 128 px: not the stem)
-    stem_stride  2 makes the 3x3 stem halve the image: about 3x faster, for laptops and tests
-
-    The stem decides. ImageNet's 7x7 one leaves an image of 32 px with 8 x 8 positions before the
-    first block and a single one at the end; used there it costs many points, silently."""
+    width: channels of the first stage. At 64 the state_dict loads into torchvision's resnet18 (up
+    to 128 px: not the stem). stem_stride 2 halves the image: about 3x faster. ImageNet's 7x7 stem
+    would leave an image of 32 px one position at the end: that costs many points, silently."""
     net = torchvision.models.resnet18()
     if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
@@ -1013,10 +977,8 @@ def set_lr(optimizer, lr):
 
 def batches(images, index, batch_size, views, rng, device):
     """One epoch: shuffle, then yield (batch of index, view, ...), whole batches only.
-
-    views(x, rng) makes a tuple of views of raw images x in [0, 1]. It is called for several hundred
-    images of 32 px at a time on a CPU (they stay in its cache), several thousand on a GPU (there a
-    view costs kernel launches, not arithmetic); training batches are slices of what it returns."""
+    views(x, rng) makes a tuple of views of raw images x in [0, 1]: of several hundred at once on a
+    CPU, which fit its cache, of several thousand on a GPU, where a view costs kernel launches."""
     order = index[torch.randperm(len(index), generator=rng)]
     order = order[:len(order) // batch_size * batch_size]
     limit = (4096 if device.type == "cuda" else 512) * 32**2 // max(32, images.shape[-1])**2
@@ -1032,17 +994,16 @@ class Meter:
     """Means of the loss terms over an epoch of `steps`. The device is read once, at the end."""
 
     def __init__(self, where, steps):
-        self.where, self.steps, self.done, self.total, self.began = where, steps, 0, {}, time.time()
+        self.where, self.steps, self.began = where, steps, time.time()
+        self.done, self.total = 0, {}
 
-    def add(self, **terms):
-        """One step's terms, scalar tensors on the device."""
+    def add(self, **terms):                                        # scalar tensors on the device
         for name, value in terms.items():
             self.total[name] = self.total.get(name, 0) + value.detach().float()
         self.done += 1
         progress(f"{self.where}: step", self.done, self.steps, self.began)
 
     def means(self):
-        """{term: mean over the epoch}"""
         values = torch.stack(list(self.total.values())) / self.done
         return dict(zip(self.total, values.tolist()))
 
@@ -1082,29 +1043,25 @@ def contingency(labels, assignments, classes=0, clusters=0):
 def cluster_scores(labels, assignments, vote_from=None):
     """ACC, NMI and ARI of a clustering. labels, assignments (N,): integers >= 0, numpy or torch.
 
-    ACC   accuracy after the best one-to-one map of clusters to classes ('hungarian'). With
-          vote_from = (labels, assignments) of the images that vote, each cluster takes the class of
-          most of its members ('majority vote'); a vote favours many clusters
-    NMI   mutual information / arithmetic mean of both entropies
-    ARI   adjusted Rand index
+    ACC is the accuracy after the best one-to-one map of clusters to classes ('hungarian'). With
+    vote_from = (labels, assignments) of the images that vote, each cluster takes the class of most
+    of its members ('majority vote'). NMI is divided by the arithmetic mean of both entropies.
     -> {'acc', 'nmi', 'ari', 'rule', 'clusters': how many are not empty, 'classes': the class of
     each cluster, -1 for none}"""
     table = contingency(labels, assignments)
-    n, a, b = table.sum(), table.sum(1), table.sum(0)
+    a, b = table.sum(1), table.sum(0)
     if vote_from is None:
-        rule, match = "hungarian", np.full(table.shape[1], -1)
+        rule, match = "hungarian", np.full(len(b), -1)
         rows, columns = linear_sum_assignment(table, maximize=True)
         match[columns] = rows
     else:
-        voters = contingency(*vote_from, clusters=table.shape[1])
+        voters = contingency(*vote_from, clusters=len(b))
         rule, match = "majority vote", np.where(voters.sum(0) > 0, voters.argmax(0), -1)
-
-    def pairs(counts):
-        return (counts * (counts - 1.) / 2).sum()
     both = entropy(a) + entropy(b)
     nmi = 2 * (both - entropy(table.ravel())) / both if both > 0 else 1.
-    chance, limit = pairs(a) * pairs(b) / max(pairs(n), 1), (pairs(a) + pairs(b)) / 2
-    ari = (pairs(table) - chance) / (limit - chance) if limit != chance else 1.
+    pairs, of_a, of_b, of_all = (comb(x, 2).sum() for x in (table, a, b, a.sum()))
+    chance, limit = of_a * of_b / max(of_all, 1), (of_a + of_b) / 2
+    ari = (pairs - chance) / (limit - chance) if limit != chance else 1.
     return {"acc": float((match[np.asarray(assignments)] == np.asarray(labels)).mean()),
             "nmi": float(nmi), "ari": float(ari), "rule": rule, "clusters": int((b > 0).sum()),
             "classes": match.tolist()}
@@ -1119,27 +1076,24 @@ class Clustering(NamedTuple):
 
 def clustering(train_p, test_p):
     """Probabilities (N, K) and (M, K) of the clusters -> Clustering, on the CPU"""
-    both = train_p.cpu().max(1), test_p.cpu().max(1)
-    return Clustering(*(p.indices for p in both), *(p.values for p in both))
+    (train_sure, train), (test_sure, test) = train_p.cpu().max(1), test_p.cpu().max(1)
+    return Clustering(train, test, train_sure, test_sure)
 
 
 def score(data, found, clusters):
-    """cluster_scores of a Clustering on the test images. The numbers of clusters and classes decide
-    the rule, the same for all rows of a table: with more clusters than classes the training images
-    vote (those that are scored, where there is no test split)."""
-    vote = None
-    if clusters > len(data.classes):
-        seen = data.train.labels >= 0
-        vote = data.train.labels[seen], found.train[seen]
-    return cluster_scores(data.test.labels, found.test, vote)
+    """cluster_scores of a Clustering on the test images. One rule for all rows of a table: with
+    more clusters than classes the training images vote."""
+    seen = data.train.labels >= 0
+    votes = data.train.labels[seen], found.train[seen]
+    return cluster_scores(data.test.labels, found.test,
+                          votes if clusters > len(data.classes) else None)
 
 
 @torch.no_grad()
 def kmeans(features, k, seed, restarts=20, iterations=300):
-    """k-means of L2-normalised features with k-means++ starts; the best of several restarts.
-
-    features (N, D), any device. -> (assignments (N,), centroids (K, D)). An empty cluster takes a
-    point that is far from its centroid. Raises UserError when k > N."""
+    """k-means of L2-normalised features (N, D) with k-means++ starts; the best of several restarts.
+    -> (assignments (N,), centroids (K, D)). An empty cluster takes a point that is far from its
+    centroid. Raises UserError when k > N."""
     x = F.normalize(features.float(), dim=1)
     n, best = len(x), (math.inf, None, None)
     if k > n:
@@ -1164,12 +1118,10 @@ def kmeans(features, k, seed, restarts=20, iterations=300):
                     break
                 before = inertia
             total = torch.zeros_like(centre).index_add_(0, assignment, x)
-            count = torch.zeros(k, 1, device=x.device).index_add_(
-                0, assignment, torch.ones(n, 1, device=x.device))
+            count = torch.bincount(assignment, minlength=k)[:, None]
             far = x[distance.topk(k).indices]
             centre = torch.where(count > 0, total / count.clamp(min=1), far)
-        if distance.sum().item() < best[0]:
-            best = distance.sum().item(), assignment, centre
+        best = min(best, (distance.sum().item(), assignment, centre), key=lambda found: found[0])
     return best[1:]
 
 
@@ -1177,9 +1129,9 @@ def kmeans(features, k, seed, restarts=20, iterations=300):
 def knn_accuracy(bank, bank_labels, queries, labels, k_neighbours=200, tau=.1, leave_one_out=False):
     """Weighted kNN: each of the nearest bank images votes exp(cosine / tau) for its class.
 
-    bank (N, D), queries (M, D) features, bank_labels (N,), labels (M,); k_neighbours is lowered to
-    the mean class size of a small bank. leave_one_out: the queries are the bank, and none votes for
-    itself. -> (accuracy in [0, 1], the k_neighbours used)"""
+    bank (N, D), queries (M, D), bank_labels (N,), labels (M,). A small bank lowers k_neighbours to
+    its mean class size. leave_one_out: the queries are the bank, and none votes for itself.
+    -> (accuracy in [0, 1], the k_neighbours used)"""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
     classes = int(bank_labels.max()) + 1
@@ -1203,38 +1155,30 @@ def knn_gauge(backbone, data, index, statistics, device, epoch, args):
         return {}
     index = index[data.train.labels[index] >= 0]
     index = index[torch.randperm(len(index), generator=generator(args.seed, 0, "knn"))[:6000]]
-    h, y = embed(backbone, data.train.images[index], statistics, device), data.train.labels[index]
-    some = len(index) // 6
+    h = embed(backbone, data.train.images[index], statistics, device)
+    y, some = data.train.labels[index], len(index) // 6
     return {"knn": knn_accuracy(h[some:], y[some:], h[:some], y[:some])[0]} if some else {}
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def logistic_regression(x, y, classes, decay, iterations=100):
-    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by scipy's L-BFGS.
+    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by L-BFGS.
+    x (N, D), best standardised; y (N,) classes. -> w (D + 1, C), the bias first"""
+    w = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
 
-    x (N, D), best standardised; y (N,) classes. The device computes the loss and its gradient.
-    -> w (D + 1, C), the bias first"""
-    target = F.one_hot(y, classes).to(x.dtype)
-
-    def loss_and_gradient(flat):
-        w = torch.as_tensor(flat, dtype=x.dtype).to(x.device).view(-1, classes)
-        log_p = F.log_softmax(torch.addmm(w[0], x, w[1:]), 1)
-        error = (log_p.exp() - target) / len(x)
-        loss = -(log_p * target).sum() / len(x) + decay * w[1:].square().sum()
-        gradient = torch.cat([error.sum(0)[None], x.t() @ error + 2 * decay * w[1:]])
-        both = torch.cat([loss[None], gradient.flatten()]).double().cpu().numpy()
-        return both[0], both[1:]                                   # one wait for the device
-    start = np.zeros((x.shape[1] + 1) * classes)
-    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B",
-                     options={"maxiter": iterations})
-    return torch.as_tensor(found.x, dtype=x.dtype).to(x.device).view(-1, classes)
+    def loss_of_w():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(torch.addmm(w[0], x, w[1:]), y) + decay * w[1:].square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(loss_of_w)
+    return w.detach()
 
 
 def linear_probe(features, labels, test_features, classes, seed):
-    """Logistic regression on frozen, standardised features. The weight decay is chosen on a fifth
-    of the training features that is held out; then all of them are used.
-
-    features (N, D), labels (N,), test_features (M, D) -> predicted classes (M,) on the CPU"""
+    """Logistic regression on standardised features (N, D) with labels (N,); its weight decay is
+    chosen on a held-out fifth of them. test_features (M, D) -> predicted classes (M,) on the CPU"""
     labels = labels.to(features.device)
     mean, std = features.mean(0), features.std(0).clamp_(min=1e-6)
     x, t = (features - mean) / std, (test_features - mean) / std
@@ -1249,18 +1193,15 @@ def linear_probe(features, labels, test_features, classes, seed):
 
 
 def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, restarts=20):
-    """The standard scores of frozen features (N, D) and (M, D). -> (scores, Clustering by k-means)
+    """Scores of frozen features (N, D) and (M, D); {} without labels. -> (scores, Clustering)
 
-    k-means   fitted on train_h[index], the images learned from (None: all), and applied to both
-              splits; its confidence is softmax(cosine to the centroids / 0.1)
-    kNN       the bank is all labelled training images; without a test split each image is
-              classified by all the others
-    linear    logistic regression on the labelled training images, where there is a test split
-    probe=False leaves the linear probe out; restarts: of k-means. {} without labels."""
+    k-means is fitted on train_h[index], the images learned from (None: all), and applied to both
+    splits. kNN and the linear probe use all labelled training images. Without a test split, kNN
+    classifies each image by all the others, and there is no probe."""
     fit = train_h if index is None else train_h[index.to(train_h.device)]
     centre = F.normalize(kmeans(fit, clusters, seed, restarts)[1], dim=1)
-    found = clustering(*((F.normalize(h, dim=1) @ centre.t() / .1).softmax(1)
-                         for h in (train_h, test_h)))
+    p = ((F.normalize(h, dim=1) @ centre.t() / .1).softmax(1) for h in (train_h, test_h))
+    found = clustering(*p)                                         # p: softmax(cosines / .1)
     if data.classes is None:
         return {}, found
     seen = data.train.labels >= 0
@@ -1276,11 +1217,9 @@ def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, rest
 
 def baselines(data, untrained, statistics, clusters, seed, index, device):
     """What any score must be held against: {'raw pixels': scores, 'random network': scores}"""
-    def pixels(images):                                            # shrunk to 32 px
-        parts = (fetch(images, part, device) for part in torch.arange(len(images)).split(4096))
-        return torch.cat([(F.adaptive_avg_pool2d(p, 32) if p.shape[-1] > 32 else p).flatten(1)
-                          for p in parts]).sub_(.5)
-    raw = pixels(data.train.images), pixels(data.test.images)
+    side = min(32, data.train.images.shape[-1])                    # larger images are shrunk
+    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    raw = embed_both(pixels, data, (torch.tensor(.5), torch.tensor(1.)), device)
     random = embed_both(untrained, data, statistics, device)
     return {"raw pixels": evaluate(*raw, data, clusters, seed, index, probe=False, restarts=5)[0],
             "random network": evaluate(*random, data, clusters, seed, index)[0]}
@@ -1298,9 +1237,10 @@ def print_scores(table, data):
 
 def protocol(table, data):
     """In words: fitted on what, scored on what."""
-    scores = [{**scores, **scores.get("kmeans", {})} for scores in table.values()]
-    rules = " or ".join(sorted({s["rule"] for s in scores})) or "nothing"
-    k = max((s.get("k_neighbours", 0) for s in scores), default=0)
+    if not table:
+        return "no labels, no scores"
+    rules = " or ".join(sorted({s.get("kmeans", s)["rule"] for s in table.values()}))
+    k = max(scores.get("k_neighbours", 0) for scores in table.values())
     where = f"scored on {len(data.test.images):,} test images" if data.has_test else \
         f"fitted and scored on the same {len(data.train.images):,} images (kNN: by the others)"
     return f"learned from train, {where}; ACC by {rules}; kNN with {k} neighbours; last epoch"
@@ -1339,17 +1279,15 @@ def save_atomically(path, state):
 
 
 def load_checked(path):
-    """What save_atomically wrote. Raises Damaged for anything else, also for a flipped bit:
-    torch.load does not notice one, the checksums of the zip archive do. Only dense, finite tensors
-    and plain values are let through."""
-    def check(state):
-        if isinstance(state, torch.Tensor):
-            if state.layout != torch.strided or state.is_meta or state.is_complex() or \
-                    not state.isfinite().all():
+    """What save_atomically wrote: plain values and dense, finite tensors. Raises Damaged for all
+    else, also for a flipped bit: the zip archive's checksums notice one, torch.load does not."""
+    def check(value):
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_complex() or not value.isfinite().all():
                 raise ValueError("it holds a tensor that is not dense, real and finite")
-        elif isinstance(state, (dict, list, tuple)):
-            for value in state.values() if isinstance(state, dict) else state:
-                check(value)
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                check(part)
     try:
         with zipfile.ZipFile(path) as archive:
             # Checksums do not cover the attributes: torch takes bit 0x10 for "a folder" and
@@ -1361,23 +1299,12 @@ def load_checked(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         check(state)
         return state
-    except FileNotFoundError:
-        raise
     except Exception as error:                                     # a pickle can raise anything
         raise Damaged(f"{one_line(path)}: {one_line(error)}") from None
 
 
 class Run:
-    """The folder of a run. Used as a context.
-
-        with Run(args, "identitize", data) as run:
-            rest = run.restore(net=net, optimizer=optimizer)           # {} at a new start
-            for epoch in range(run.epoch, args.epochs):
-                ...
-                run.end_epoch({"loss": ...}, images, net=net, optimizer=optimizer)
-            run.finish(scores, backbone, found, statistics)
-
-    epochs: how many there are in all, where a method has more than args.epochs.
+    """The folder of a run, used as a context. epochs: where a method has more than args.epochs.
     A checkpoint is written at the end of an epoch, but at most one in INTERVAL seconds, and at the
     last epoch: a kill costs a minute of work, or one epoch where that is longer."""
     INTERVAL = 60
@@ -1393,71 +1320,70 @@ class Run:
         self.settings = {k: v for k, v in vars(args).items() if k not in self.FREE}
         self.settings.update(method=method, images=data.fingerprint)
         self.epoch, self.saved, self.log, self.state, self.seconds = 0, 0, [], {}, 0.
-        name = one_line(self.folder)
+        self.name, other = one_line(self.folder), "choose another folder with --out"
         for place in (self.folder, *self.folder.parents):
             if place.is_file():
-                raise UserError(f"--out {name}: {one_line(place)} is a file")
+                raise UserError(f"--out {self.name}: {one_line(place)} is a file")
         held = [file for file in self.FILES if (self.folder / file).exists()]
         self.usable = [self.folder / file for file in held if file.startswith("checkpoint")]
         if held and not args.resume:
-            raise UserError(f"{name} already holds {held[0]}: continue that run with --resume, or "
-                            f"choose another folder with --out")
+            raise UserError(f"{self.name} already holds {held[0]}: continue that run with "
+                            f"--resume, or {other}")
         if self.usable:
             self.read()
         elif set(held) - {"log.jsonl"}:
-            raise UserError(f"{name} holds {held[-1]} but no checkpoint: it cannot be continued; "
-                            f"choose another folder with --out")
+            raise UserError(f"{self.name} holds {held[-1]} but no checkpoint: {other}")
         elif args.resume:
-            print(f"{name} holds no checkpoint yet: starting from the beginning")
+            print(f"{self.name} holds no checkpoint yet: starting from the beginning")
         if "result.json" in held:
-            raise Finished(f"{name}: this run is complete; nothing was changed")
+            raise Finished(f"{self.name}: this run is complete; nothing was changed")
 
     def read(self):
-        """Take the newest good checkpoint. Raises UserError if none is left, or if it is of a run
-        with other settings."""
+        """Take the newest good checkpoint. Raises UserError if none has these settings."""
         kinds = {"settings": dict, "epoch": int, "seconds": float, "log": list, "state": dict}
-        saved = None
-        while self.usable and saved is None:
+        while self.usable:
             try:
                 saved = load_checked(self.usable[0])
                 if any(not isinstance(saved[key], kind) for key, kind in kinds.items()) or \
                         [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)):
                     raise TypeError("a part of it is of another kind")
+                break
             except (OSError, Damaged, LookupError, TypeError) as error:
-                saved = self.drop(error)
-        if saved is None:
-            raise UserError(f"{one_line(self.folder)}: no good checkpoint is left; choose another "
-                            f"folder with --out")
+                self.drop(error)
+        else:
+            raise UserError(f"{self.name}: no good checkpoint is left; choose another folder with "
+                            f"--out")
         theirs, mine = saved["settings"], self.settings
+        if theirs.get("images") == mine["images"]:                 # its name may be spelt otherwise
+            theirs["dataset"] = mine.get("dataset")
         for key in sorted({*mine, *theirs}):
-            same_images = key == "dataset" and theirs.get("images") == mine["images"]
-            if theirs.get(key) != mine.get(key) and not same_images:
+            if theirs.get(key) != mine.get(key):
                 flag = {"method": "the method", "images": "other images,"}.get(
                     key, "--" + key.replace("_", "-"))
                 why = " (it shapes the learning rate)" if "epochs" in key else ""
-                raise UserError(f"{one_line(self.folder)} was made with {flag} {theirs.get(key)}, "
-                                f"not {mine.get(key)}{why}: give the same, or start a new run in "
+                raise UserError(f"{self.name} was made with {flag} {theirs.get(key)}, not "
+                                f"{mine.get(key)}{why}: give the same, or start a new run in "
                                 f"another folder with --out")
         self.epoch = self.saved = saved["epoch"]
         self.seconds, self.log, self.state = saved["seconds"], saved["log"], saved["state"]
 
     def drop(self, error):
-        """Say that the newest checkpoint is not good; the one before it is next."""
-        print(f"WARNING: {one_line(self.usable.pop(0))} is not good: {one_line(error)}",
-              file=sys.stderr)
+        bad = one_line(self.usable.pop(0))
+        print(f"WARNING: {bad} is not good: {one_line(error)}", file=sys.stderr)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")                # a kill releases it
-        try:
-            if fcntl:
+        with contextlib.suppress(ImportError):                     # on Windows nothing locks
+            import fcntl
+            try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{one_line(self.folder)}: another process writes to it") from None
+            except BlockingIOError:
+                raise UserError(f"{self.name}: another process writes to it") from None
         for name in self.FILES:
             (self.folder / f"{name}.tmp").unlink(missing_ok=True)
         if self.saved:
-            print(f"resuming {one_line(self.folder)} after epoch {self.epoch}")
+            print(f"resuming {self.name} after epoch {self.epoch}")
         self.saved_at = self.ended = time.time()
         return self
 
@@ -1471,18 +1397,16 @@ class Run:
     def restore(self, **parts):
         """Load the checkpoint into parts (networks, optimizers) by their names. -> what else it
         holds; {} at a new start. A checkpoint that does not fit is left for the one before it."""
-        done = not self.state
-        while not done:
+        while self.state:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
-                    keys = {frozenset(kept) for kept in getattr(part, "state", {}).values()}
-                    if len(keys) > 1:                              # of an optimizer
-                        raise ValueError("a part of the optimizer's state is missing")
-                    for p, kept in getattr(part, "state", {}).items():
-                        if any(t.numel() > 1 and t.shape != p.shape for t in kept.values()):
-                            raise ValueError("the optimizer's state is of another shape")
-                done = True
+                    moments = getattr(part, "state", {})           # of an optimizer
+                    if len({frozenset(kept) for kept in moments.values()}) > 1 or any(
+                            t.numel() > 1 and t.shape != p.shape
+                            for p, kept in moments.items() for t in kept.values()):
+                        raise ValueError("the optimizer's state does not fit")
+                break
             except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
                 self.drop(error)
                 self.read()
@@ -1491,16 +1415,13 @@ class Run:
         return {name: value for name, value in self.state.items() if name not in parts}
 
     def end_epoch(self, record, images, **state):
-        """Check, print and log the epoch, and save a checkpoint if one is due.
+        """Check, print and log the epoch, and save a checkpoint if one is due. Raises NotFinite.
 
-        record   {loss terms, gauges}; images: how many this epoch took in
-        state    networks, optimizers, tensors, plain values: all that restore() will need
-        Raises NotFinite, before anything is written."""
+        record: {loss term or gauge: value}; images: how many this epoch took in; state: networks,
+        optimizers, tensors, plain values, all that restore() will need"""
         bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-        for name, part in state.items():
-            if isinstance(part, nn.Module):
-                sums = torch.stack([t.float().sum() for t in part.state_dict().values()])
-                bad += [] if sums.isfinite().all() else [f"a weight of {name}"]
+        bad += [f"a weight of {name}" for name, part in state.items() if isinstance(part, nn.Module)
+                and not all(t.isfinite().all() for t in part.state_dict().values())]
         if bad:
             raise NotFinite(f"{self.method}, epoch {self.epoch + 1}: {', '.join(bad)} not finite; "
                             f"the checkpoint after epoch {self.saved} is kept")
@@ -1510,10 +1431,9 @@ class Run:
                          "images_per_second": images / seconds, "seconds": seconds})
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(self.log[-1]) + "\n")
-        recent = [r["seconds"] for r in self.log[-5:]]
-        left = duration(sum(recent) / len(recent) * (self.epochs - self.epoch))
         values = "  ".join(f"{k.replace('_', ' ')} {f'{v:.3g}' if isinstance(v, float) else v}"
                            for k, v in record.items())
+        left = duration(seconds * (self.epochs - self.epoch))
         print(f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  {values}  "
               f"{images / seconds:,.0f} images/s  {left} left", flush=True)
         if self.epoch == self.epochs or time.time() - self.saved_at >= self.INTERVAL:
@@ -1522,9 +1442,9 @@ class Run:
 
     def save(self, **state):
         """Write a checkpoint now; the good one before it is kept."""
-        current, previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
+        current = self.folder / "checkpoint.pt"
         if current in self.usable:
-            os.replace(current, previous)
+            os.replace(current, self.folder / "checkpoint.previous.pt")
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         save_atomically(current, {"settings": self.settings, "epoch": self.epoch, "log": self.log,
                                   "seconds": self.seconds, "state": state})
@@ -1532,7 +1452,6 @@ class Run:
 
     def finish(self, scores, backbone, found, statistics, **more):
         """The end of a run: pictures, clusters.csv, backbone.pt and, last of all, result.json.
-
         scores: {name: scores}; found: the Clustering to write; more: entries of result.json"""
         save_clusters(self.folder, self.data, found, self.args.clusters or len(self.data.classes))
         save_curves(self.folder / "curves.png", self.log)
@@ -1552,28 +1471,11 @@ class Run:
         write_text(self.folder / "result.json", json.dumps(valid, indent=1) + "\n")
         files = sorted(f.name for f in self.folder.iterdir() if f.name != "lock")
         print(f"\n{duration(self.seconds)} of training, {duration(time.time() - self.ended)} for "
-              f"the report. {one_line(self.folder)} holds {', '.join(files)}")
-
-
-def save_clusters(folder, data, found, clusters):
-    """clusters.csv, prototypes.png and, with labels, confusion.png, without labels sheets/."""
-    table = io.StringIO(newline="")
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["image", "cluster", "confidence"])
-    parts = [(data.train, found.train, found.train_confidence),
-             (data.test, found.test, found.test_confidence)]
-    for split, cluster, sure in parts[:1 + data.has_test]:
-        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in split.names]
-        rows.writerows((name, c, f"{p:.4f}")
-                       for name, c, p in zip(names, cluster.tolist(), sure.tolist()))
-    write_text(folder / "clusters.csv", table.getvalue())
-    save_cluster_pictures(folder, data, found, clusters)
-    if not data.classes:
-        save_sheets(folder, data, found, clusters)
+              f"the report. {self.name} holds {', '.join(files)}")
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Pictures
+# 10. Clusters and pictures
 
 def save_picture(path, image):
     """A PIL image as PNG, written atomically."""
@@ -1594,31 +1496,29 @@ def heatmap(matrix, rows=(), title="", limit=None):
     """A matrix as a PIL image, from blue (-limit) over white (0) to red (limit, by default the
     largest absolute value), with names of rows."""
     m = np.asarray(matrix, np.float64)
-    v = np.clip(m / (limit or max(np.abs(m).max(), 1e-12)), -1, 1)
-    colour = np.stack([1 - .85 * np.clip(-v, 0, 1), 1 - .8 * np.abs(v),
-                       1 - .85 * np.clip(v, 0, 1)], -1)
+    m = m / (limit or max(np.abs(m).max(), 1e-12))
     cell, top, font = max(2, 320 // max(m.shape)), 24, ImageFont.load_default(12)
-    pixels = (colour.repeat(cell, 0).repeat(cell, 1) * 255).round().astype(np.uint8)
+    picture = Image.fromarray((127 + 128 * m).clip(0, 255).astype(np.uint8))
+    picture = picture.resize((m.shape[1] * cell, m.shape[0] * cell), Image.Resampling.NEAREST)
     left = int(max((font.getlength(str(name)) for name in rows), default=0)) + 8
-    height, width = pixels.shape[:2]
-    sheet = Image.new("RGB", (max(left + width, int(font.getlength(title))) + 6, top + height + 2),
-                      "white")
-    sheet.paste(Image.fromarray(pixels), (left, top))
+    width = max(left + picture.width, int(font.getlength(title))) + 6
+    sheet = Image.new("RGB", (width, top + picture.height + 2), "white")
+    sheet.paste(ImageOps.colorize(picture, "#2633ff", "#ff3326", "white"), (left, top))
     pen = ImageDraw.Draw(sheet)
     pen.text((2, 4), title, fill="black", font=font)
-    pen.rectangle((left - 1, top - 1, left + width, top + height), outline="grey")
     for i, name in enumerate(rows):
         pen.text((left - 4, top + (i + .5) * cell), str(name), fill="black", font=font, anchor="rm")
     return sheet
 
 
-def beside(*pictures):
-    """PIL images in a row on white."""
-    size = sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)
-    sheet, x = Image.new("RGB", size, "white"), 0
-    for picture in pictures:
-        sheet.paste(picture, (x, 0))
-        x += picture.width + 8
+def beside(*pictures, columns=None):
+    """PIL images on white, in rows of `columns` (by default all in one row)."""
+    columns = columns or len(pictures)
+    width, height = (max(side) + 8 for side in zip(*(picture.size for picture in pictures)))
+    across, down = min(columns, len(pictures)), math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (across * width - 8, down * height - 8), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
 
 
@@ -1629,25 +1529,34 @@ def save_views(path, raw, views, statistics, count=8):
     save_picture(path, grid(torch.cat(rows), min(count, len(raw)), side=64))
 
 
-def surest(found, cluster):
-    """The training and the test images of a cluster, each with the most confident first."""
-    both = ((found.train, found.train_confidence), (found.test, found.test_confidence))
-    members = [(of == cluster).nonzero().flatten() for of, _ in both]
-    return [m[sure[m].argsort(descending=True, stable=True)] for m, (_, sure) in zip(members, both)]
+def surest(clusters, confidence, c):
+    """Indices of the images in cluster c, the most confident first. clusters, confidence (N,)"""
+    members = (clusters == c).nonzero().flatten()
+    return members[confidence[members].argsort(descending=True, stable=True)]
 
 
-def save_cluster_pictures(folder, data, found, clusters):
-    """prototypes.png: the ten most confident test images of each cluster, a row each, up to 40
-    clusters. confusion.png, where there are labels: each class's share in each cluster."""
-    split, rows = data.test, []
-    for c in range(min(clusters, 40)):
-        best = surest(found, c)[1][:10]
-        row = torch.full((10, *split.images.shape[1:]), 255, dtype=torch.uint8)
-        row[:len(best)] = split.images[best]
-        rows.append(row)
-    save_picture(folder / "prototypes.png", grid(torch.cat(rows), 10))
-    if split.labels is not None and clusters <= 200:
-        table = contingency(split.labels, found.test, len(data.classes), clusters)
+def save_clusters(folder, data, found, clusters):
+    """clusters.csv: the cluster of every image. prototypes.png: the ten most confident test images
+    of each cluster, a row each, up to 40 clusters. With labels confusion.png, each class's share in
+    each cluster, without labels sheets/."""
+    table = io.StringIO(newline="")
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["image", "cluster", "confidence"])
+    parts = [(data.train, found.train, found.train_confidence),
+             (data.test, found.test, found.test_confidence)]
+    for split, cluster, sure in parts[:1 + data.has_test]:
+        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in split.names]
+        rows.writerows(zip(names, cluster.tolist(), (f"{p:.4f}" for p in sure.tolist())))
+    write_text(folder / "clusters.csv", table.getvalue())
+    sheet = data.test.images.new_full((min(clusters, 40), 10, *data.test.images.shape[1:]), 255)
+    for c, row in enumerate(sheet):
+        best = surest(found.test, found.test_confidence, c)[:10]
+        row[:len(best)] = data.test.images[best]
+    save_picture(folder / "prototypes.png", grid(sheet.flatten(0, 1), 10))
+    if not data.classes:
+        save_sheets(folder, data, found, clusters)
+    elif data.test.labels is not None and clusters <= 200:
+        table = contingency(data.test.labels, found.test, len(data.classes), clusters)
         order = np.lexsort((-table.max(0), table.argmax(0)))       # clusters beside their class
         share = table[:, order] / table.sum(1, keepdims=True).clip(1)
         save_picture(folder / "confusion.png", heatmap(
@@ -1657,26 +1566,22 @@ def save_cluster_pictures(folder, data, found, clusters):
 
 def save_sheets(folder, data, found, clusters):
     """For images without labels: sheets/cluster-*.png, the hundred most confident training images
-    of each cluster, and summary.txt, how balanced and how confident the clusters are, printed too.
-    There is nothing to score them by."""
+    of each cluster, and summary.txt, how balanced and how confident the clusters are."""
     sure, lines = found.train_confidence, ["cluster  images   share  mean confidence"]
     size = torch.bincount(found.train, minlength=clusters)
     share = size / size.sum()
     (folder / "sheets").mkdir(exist_ok=True)
     for c in range(clusters):
-        members = (found.train == c).nonzero().flatten()
-        members = members[sure[members].argsort(descending=True, stable=True)]
-        mean = f"{sure[members].mean():.2f}" if len(members) else "-"
-        lines.append(f"{c:7}{len(members):8,}{share[c]:8.1%}{mean:>17}")
-        if len(members):
-            picture = grid(data.train.images[members[:100]], min(10, len(members)), 96)
+        best = surest(found.train, sure, c)
+        mean = f"{sure[best].mean():.2f}" if len(best) else "-"
+        lines.append(f"{c:7}{len(best):8,}{share[c]:8.1%}{mean:>17}")
+        if len(best):
+            picture = grid(data.train.images[best[:100]], min(10, len(best)), 96)
             save_picture(folder / "sheets" / f"cluster-{c:03}.png", picture)
     lines += ["", f"Balance: of {len(sure):,} images the largest cluster holds {share.max():.0%}, "
-              f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty. As "
-              f"even as {torch.special.entr(share).sum().exp():.1f} equal ones. If your groups "
-              f"are of unequal size, take more --clusters and merge by eye.",
-              f"Confidence: {(sure > .9).float().mean():.0%} of the images are above .9, "
-              f"{(sure < .5).float().mean():.0%} below .5. It says how decided, not how right.",
+              f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty.",
+              "If your groups are of unequal size, take more --clusters and merge by eye.",
+              "Confidence says how decided a cluster is, not how right.",
               f"Look at {folder / 'sheets'}, then at {folder / 'clusters.csv'}."]
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))
@@ -1684,9 +1589,8 @@ def save_sheets(folder, data, found, clusters):
 
 def save_curves(path, log, width=320, height=120):
     """A small panel for each loss term and gauge of the log, epoch by epoch."""
-    names = [k for k in dict.fromkeys(k for r in log for k in r) if k not in ("epoch", "seconds")]
     panels, font = [], ImageFont.load_default(11)
-    for name in names:
+    for name in dict.fromkeys(k for r in log for k in r if k not in ("epoch", "seconds")):
         points = [(r["epoch"], r[name]) for r in log if isinstance(r.get(name), (int, float))]
         if not points:
             continue
@@ -1701,8 +1605,4 @@ def save_curves(path, log, width=320, height=120):
         pen.text((6, 3), f"{name.replace('_', ' ')}: {low:.4g} to {high:.4g}, at last "
                  f"{values[-1]:.4g}", fill="black", font=font)
         panels.append(panel)
-    rows = [beside(*panels[i:i + 3]) for i in range(0, len(panels), 3)]
-    sheet = Image.new("RGB", (3 * (width + 8), len(rows) * (height + 8)), "white")
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, i * (height + 8)))
-    save_picture(path, sheet)
+    save_picture(path, beside(*panels, columns=3))

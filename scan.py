@@ -41,21 +41,23 @@ Differences from the paper and its released code
     D6  With --pretext FILE neighbours are mined on the backbone's features, since the file holds no
         projection. An image is always first among its neighbours; there a copy can displace it.
     D7  Images are normalised with their own statistics. For CIFAR the released standard deviations
-        are smaller, so our inputs are smaller, too. On a GPU networks run in bfloat16, there in
-        float32. Eight orders of colour jitter share a batch; there each image has its own.
+        are smaller, so our inputs are smaller. On a GPU networks run in bfloat16, there in float32.
+        Images of a batch share eight orders of colour jitter; there each has its own.
     D8  On `shapes` and folders step 1 uses Adam; `shapes` has the symmetric loss, more grey views
         and 166 neighbours (section 7). Settings without a released config are ours.
     D9  The ImageNet protocol (--pretext MODEL: frozen backbone, heads alone) sees one centre crop
         of each image instead of fresh views, so features are computed once. They are scaled and
         the heads use Adam; there SGD at rate 5 acts on raw features. Step 3 is left out.
-    D10 Pseudo-labels come from a pass in eval mode; --weak-pass train does as released (section 7).
-    D11 The logarithm in the SCAN loss is exact; there a pair with <p, q> below 1e-12 has almost no
-        gradient (section 7).
+    D10 Pseudo-labels come from a pass in eval mode. --weak-pass train does as released: that pass
+        then also changes the running means of BatchNorm, even in a batch that is skipped.
+    D11 The SCAN loss is exact; there a pair with <p, q> below 1e-12 has almost no gradient.
 
     python scan.py                                            # shapes, on a laptop
     python scan.py --dataset cifar10                          # 500 + 50 + 200 epochs: not run
     python scan.py --dataset ~/photos --clusters 12 --pretext resnet50     # your own, in minutes
     python scan.py --assign RUN --dataset NEW --out OUT       # the clusters of that run for others
+
+ACC of the first, seed 3: k-means on step 1 .968, after step 2 1.000, after step 3 1.000 (section 7)
 """
 import argparse
 import contextlib
@@ -63,6 +65,7 @@ import copy
 import hashlib
 import json
 import math
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -270,6 +273,14 @@ def posterize(x, step):
     return ((x * 255).round() / step).floor() * step / 255
 
 
+def sharpness(x, factor):
+    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the border stays. (torchvision's
+    own makes a GPU wait for its kernel.)"""
+    smooth, inside = x.clone(), (..., slice(1, -1), slice(1, -1))
+    smooth[inside] = (9 * F.avg_pool2d(x, 3, 1) + 4 * x[inside]) / 13
+    return torch.lerp(smooth, x, factor).clamp_(0, 1)
+
+
 def warp(x, a, b, c, d, e, f):
     """Pixel (u, v) shows input pixel (a u + b v + c, d u + e v + f); nearest, black outside.
     Coefficients: numbers or (B, 1, 1)."""
@@ -298,7 +309,7 @@ OPERATIONS = (                            # name, range of the magnitude m (unif
     ("Color", .05, .95, adjust_saturation),
     ("Contrast", .05, .95, adjust_contrast),
     ("Brightness", .05, .95, adjust_brightness),
-    ("Sharpness", .05, .95, lambda x, m: torch.lerp(tv.adjust_sharpness(x, 0), x, m).clamp(0, 1)),
+    ("Sharpness", .05, .95, sharpness),
     ("ShearX", -.1, .1, lambda x, m: warp(x, 1, m[:, 0], 0, 0, 1, 0)),
     ("ShearY", -.1, .1, lambda x, m: warp(x, 1, 0, 0, m[:, 0], 1, 0)),
     ("TranslateX", -.1, .1, lambda x, m: warp(x, 1, 0, m[:, 0] * x.shape[-1], 0, 1, 0)),
@@ -315,8 +326,8 @@ def random_operations(x, rng, count=4):
         for i, (_, low, high, operation) in enumerate(OPERATIONS):
             rows = (drawn == i).nonzero().flatten()
             if i and len(rows):
-                magnitude = (low + (high - low) * place[rows]).to(x.device)
-                rows = rows.to(x.device)                           # index_select: faster than []
+                magnitude = (low + (high - low) * place[rows]).to(x.device, non_blocking=True)
+                rows = rows.to(x.device, non_blocking=True)        # index_select: faster than []
                 some = operation(x.index_select(0, rows), magnitude[:, None, None, None])
                 x.index_copy_(0, rows, some)
     return x
@@ -329,7 +340,7 @@ def cutout(x, longest, rng):
     half = torch.randint(1, longest + 1, (n, 1), generator=rng) // 2
     top = torch.randint(height, (n, 1), generator=rng) - half
     left = torch.randint(width, (n, 1), generator=rng) - half
-    half, top, left = torch.stack([half, top, left]).to(x.device)               # Bx1 each
+    half, top, left = torch.stack([half, top, left]).to(x.device, non_blocking=True)    # Bx1 each
     v, u = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     rows = (v >= top) & (v < top + 2 * half)                                    # BxH
     columns = (u >= left) & (u < left + 2 * half)                               # BxW
@@ -347,8 +358,9 @@ def make_views(args, size, statistics):
         return normalise(random_grayscale(x, args.gray, rng), statistics)
 
     def strong(x, rng):
-        flipped = (torch.rand(len(x), generator=rng) < .5).to(x.device)[:, None, None, None]
-        x = random_operations(torch.lerp(x, x.flip(3), flipped.float()), rng)
+        flipped = (torch.rand(len(x), 1, 1, 1, generator=rng) < .5).float()
+        flipped = flipped.to(x.device, non_blocking=True)
+        x = random_operations(torch.lerp(x, x.flip(3), flipped), rng)
         return cutout(normalise(x, statistics), size // 2 if size <= 64 else size // 3, rng)
     return {"none": none, "simclr": simclr, "strong": strong}
 
@@ -383,8 +395,8 @@ DEFAULTS = {
     "folder": dict(epochs=200, batch_size=None, optimizer="adam", lr=1e-3, width=32, stem_stride=2,
                    self_label_epochs=50, self_label_batch=250),
 }
-IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}
-# Heads on a frozen backbone (D9), for any data set: ours, see section 6.
+IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}  # not files
+# Heads on a frozen backbone (D9), for any data set: ours, see section 7.
 FROZEN = dict.fromkeys((*NAMES, "folder"), dict(
     heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
 
@@ -442,9 +454,9 @@ def parse(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Training. A checkpoint names the step that wrote it, and holds all that this step was given by
-#    the steps before: weights, Mined, Best, and `notes`, the entries of result.json found so far.
-#    So no file of an earlier step can be stale.
+# 5. Training. A checkpoint names the step that wrote it and holds all that this step was given by
+#    the steps before: the weights, Mined, Best, and `notes`, which are the entries of result.json
+#    found so far. So --resume needs no file of an earlier step, and none can be stale.
 
 class Mined(NamedTuple):                  # from step 1 to step 2
     train: torch.Tensor                   # (N, 1 + n) neighbours of the images of steps 2 and 3
@@ -464,6 +476,7 @@ def enter(run, stage, net, optimizer, **given):
     if run.state.get("stage", "pretext") == stage:
         return run.restore(net=net, optimizer=optimizer) or given
     run.save(stage=stage, net=net, optimizer=optimizer, **given)
+    run.ended = time.time()                # what lay between two steps is no part of an epoch
     return given
 
 
@@ -500,8 +513,9 @@ def pretext(args, run, backbone, images, views, device):
 
 
 def choose_neighbours(args, n, clusters, most):
-    """How many are mined: `most`, but at most a third of the mean cluster, so that most of them can
-    be of the same class. Sets args.neighbours, where the user has not."""
+    """Sets args.neighbours where the user has not: `most`, but at most a third of the mean cluster,
+    so that an image can have that many of its class. On shapes 166 = 5,000 / (3 x 10): with 20, two
+    kinds of shapes at times share two clusters, sure of themselves, and step 3 keeps that."""
     if args.neighbours is None:
         args.neighbours = max(1, min(most, n // (3 * clusters)))
     if args.neighbours >= n:
@@ -528,7 +542,8 @@ def mine_neighbours(args, run, z, images, labels):
     return Mined(neighbours.int(), judge.int()), shares
 
 
-each_head = torch.vmap(scan_loss, (1, 1, None))        # of logits (B, H, K) twice: (H,) each
+# scan_loss of every head at once: logits (B, H, K), twice -> three terms, (H,) each
+each_head = torch.vmap(scan_loss, (1, 1, None))
 
 
 @torch.no_grad()
@@ -583,13 +598,14 @@ def cluster(args, run, net, mined, notes, pairs, judge, labels):
                       mined=[*mined], notes=notes, best=[*best])
     print(f"the lowest loss on {args.select} has epoch {best.epoch} of step 2, head {best.head}")
     notes["chosen"] = {"epoch": best.epoch, "head": best.head, "loss": best.loss}
-    k = len(best.net["head.0.bias"]) // args.heads
+    k = len(best.net["head.0.bias"]) // args.heads                 # the heads lie row after row
     rows = slice(best.head * k, (best.head + 1) * k)
     return {name: w[rows] if name.startswith("head.") else w for name, w in best.net.items()}, notes
 
 
 def complaint(found, clusters, threshold):
-    """What is wrong with a clustering, in words; '' where nothing is."""
+    """What is wrong with a clustering, in words; "" where nothing is. Step 3 takes its labels from
+    confident images: a cluster without any gets no label, and the others swallow its images."""
     members = torch.bincount(found.train, minlength=clusters)
     sure = torch.bincount(found.train[found.train_confidence > threshold], minlength=clusters)
     empty, unsure = (members == 0).sum(), ((members > 0) & (sure < .05 * members)).sum()
@@ -627,25 +643,26 @@ def self_label(args, run, net, notes, images, labels, views, device):
         rng, skipped = generator(args.seed, epoch, "self-label"), 0
         found = torch.full((n,), -1, device=device)
         for part, weak, strong in batches(images, torch.arange(n), batch, pair, rng, device):
-            # In train mode BatchNorm would normalise plain images by their own statistics, not by
-            # those of strong views, which the weights know; and it would learn from them (D10).
+            # In train mode BatchNorm would normalise plain images by their own statistics, but the
+            # weights know those of strong views (D10).
             net.train(args.weak_pass == "train")
             with torch.no_grad(), autocast(device):
                 weak = forward(weak)[:, 0]                                              # BxK
             net.train()
             found[part] = weak.argmax(1)
-            loss, confident = self_label_loss(weak, weak, args.threshold)
             # A look before the strong pass: with nobody sure, not even BatchNorm may learn from
             # it. This is the one wait for the device that a step has.
+            loss, kept = self_label_loss(weak, weak, args.threshold)
+            confident = kept.item()
             if confident:
                 with autocast(device):
                     strong = forward(strong)[:, 0]                                      # BxK
-                loss, confident = self_label_loss(weak, strong, args.threshold)
+                loss, _ = self_label_loss(weak, strong, args.threshold)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            skipped += int(confident == 0)
-            meter.add(loss=loss, confident=confident / batch)
+            skipped += confident == 0
+            meter.add(loss=loss, confident=kept / batch)
         found, seen = found.cpu(), found.cpu() >= 0
         record = {"stage": "self-label", **meter.means(), "skipped": skipped,
                   "clusters": len(found[seen].unique())}
@@ -766,7 +783,7 @@ def train(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. The ImageNet protocol (Sec. 3.5), and images that come later
+# 6. The ImageNet protocol (Sec. 3.5): a backbone that others trained. And images that come later.
 
 def read_frozen(args, device):
     """-> frozen backbone, whether its weights have learned from labels, its pixel statistics and
@@ -841,7 +858,8 @@ def train_heads(args):
                      "neighbour_accuracy": shares}
 
         def pairs(index, batch, rng):
-            order = index[torch.randperm(len(index), generator=rng)].to(device)
+            order = index[torch.randperm(len(index), generator=rng)]
+            order = order.to(device, non_blocking=True)
             for part in order.split(batch)[:len(order) // batch]:
                 yield part, x[part[:, 0]], x[part[:, 1]]
         judges, truth = (x, labels) if args.select == "train" else (test_x, data.test.labels)
@@ -860,7 +878,8 @@ def train_heads(args):
               f"Step 3 is left out: it would train the whole network.\nThe weights came " + (
                   "with a classifier, so they learned from labels: this is not unsupervised."
                   if supervised else "without a classifier: they count as learned without labels."))
-        colour = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())       # a second baseline
+        # The second baseline, in place of an untrained network: the mean colour of an image.
+        colour = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         report(args, run, colour, index, clusters, statistics, net, size, found, notes, device)
 
 
@@ -903,3 +922,28 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+
+# ------------------------------------------------------------------------------------------------
+# 7. What was measured
+# python scan.py --seed S, ten kinds of shapes, one CPU thread, ACC on test images. Seeds 0 to 2
+# served to tune the settings.
+#     S                      3       4         5
+#     k-means on step 1      .968    not run   not run
+#     after step 2           1.000   not run   not run
+#     after step 3           1.000   not run   not run
+# python scan.py --pretext mobilenet_v2, with torchvision's weights, learned from ImageNet's labels;
+# mean of --seed 0, 1, 2 (photographs: seed 0), ACC on the images that were learned from.
+#                                                    pixels, k-means   features, k-means   heads
+#     480 crops of 12 photographs                    .656              1.000               1.000
+#     12,000 of CIFAR-10 (JPEG), --image-size 96     .219 (seed 0)     .449                .459
+# The photographs are those of tests/test_pretrained.py: an easy set, which proves the path, not the
+# method. On CIFAR-10 kNN is .676, and 52 % of the 50 neighbours are of the same class.
+# The settings of heads were chosen on 6,000 other images of CIFAR-10 (JPEG), scored on 2,500 more.
+# Heads against k-means: MobileNetV2 .453 and .457, our SimCLR after 9 epochs .345 and .308; with
+# EfficientNet-Lite0 heads have .555. MobileNetV2 with --neighbours 15 .470, 200 .447;
+# --entropy-weight 2 .449; --cluster-lr 1e-3 .474; features of length 3 .466, 30 .496. Heads of one
+# run differ by .05, so these differences say little. Standardising does matter: without it 7 of 12
+# clusters of photographs were empty after 5 epochs; with it ACC is 1.000 after 2.
+# The released clamp of the SCAN loss (D11) gave the same ACC on three seeds: no pair came near it.
+# Not run with this version: --weak-pass train, --self-label-views simclr, 20 neighbours on shapes,
+# CIFAR-10 from scratch, the paper's lengths, ImageNet, a GPU.

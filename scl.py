@@ -13,14 +13,12 @@ the training: an image is pushed away from images of other clusters alone. Its c
 twice, by the images that it resembles and by the boundaries of a classifier. A loss makes the two
 agree, and their product chooses the cluster that the next step contrasts by.
 
-                             .--> the batch: the other view | images of other clusters    L_sem
-         view 1             |
+         view 1              .--> the batch: the other view | images of other clusters    L_sem
         /      \      g -> z +--> the memory M: own row, P_i | rows of other clusters   w L_sem
-    image       -> f <      |
-        \      /      |      '--> votes of the clusters of M: pv --.
-         view 2       |                                             +-- agree           a L_con
-                      W ------> boundaries of the classifier: ps --'    ps: even use    b L_bal
-
+    image       -> f <       '--> the memory M: votes of its clusters -> pv --.
+        \      /      |                                                        +- agree  a L_con
+         view 2       W --------> boundaries of the classifier -------> ps --<
+                                                                              '- spread b L_bal
     after each step, for the images of the batch:  c <- argmax_k pv_k ps_k,  M <- z
 
     what the abstract says                            what stands here
@@ -30,8 +28,7 @@ agree, and their product chooses the cluster that the next step contrasts by.
       contrast that knows clusters                      negatives depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
       between clusters have to be consistent            consistency_loss
-    hypotheses of the classes on the fly, by the      consensus, in every step
-      consensus of both
+    hypotheses of the classes, by the consensus       consensus, in every step
 
     symbol    in the code      shape     meaning
     h         h                2B x D    backbone features of both views, D = 8 * --width
@@ -41,23 +38,23 @@ agree, and their product chooses the cluster that the next step contrasts by.
     P_i       neighbours       N x P     nearest rows of each row, P = --positives
     e         e                2B x N    similarity to each candidate: exponentials, rows sum to 1
     S         votes            2B x K    e, summed over the members of each cluster
-    pv, ps    pv, ps           2B x K    visual and boundary prediction
+    pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     on h
+    tau       --tau, --memory-tau        temperature in the batch; in the memory
     w, a, b   --memory-weight, --alpha, --beta:  L = L_sem(batch) + w L_sem(M) + a L_con + b L_bal
 
 Differences from the paper, as far as they can be known: choices of ours
     D1  L_sem stands twice in L, against the batch and against the memory.
     D2  In the first 70 % of the epochs each image is its own cluster. Then the learning rate starts
-        again. The baseline keeps c_j = j to the end, and its learning rate starts again too.
+        again. The baseline has one cluster for each image to the end, and starts again, too.
     D3  The first clusters come from k-means on the memory, which runs once. After that, each step
         chooses the clusters of its batch anew; the other images keep theirs.
     D4  W is fitted to the first clusters, by logistic regression, before it takes part.
-    D5  P_i is found once, with the first clusters.
-    D6  A cluster's vote is the mean over its members. By the sum, large clusters win by size.
+    D5  P_i is found once, with the first clusters, and not in each step.
+    D6  A cluster votes by the mean of its members. By their sum, large clusters win by size.
     D7  L_bal, an even use of the clusters, is not in the abstract. Views, optimizer: ours too.
 
-    python scl.py                                 # ten kinds of shapes, on a laptop
-    python scl.py --dataset cifar10               # 200 epochs, meant for one GPU: not run
+    python scl.py                    # ten kinds of shapes; --dataset cifar10 is meant for one GPU
     Result: not run with this code; the commands stand in section 6.
 """
 import copy
@@ -67,34 +64,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Meter, Parser, Run, autocast, baselines, batches, beside, clustering,
-                    color_jitter, cosine_lr, describe, embed, embed_both, evaluate, fast_dtype,
-                    fetch, generator, heatmap, kmeans, logistic_regression, normalise, number,
-                    pixel_statistics, prepare, print_scores, random_grayscale,
-                    random_resized_crop, resnet18, run_script, save_picture, save_views, score,
-                    set_lr, to_device)
+from common import (Meter, Parser, Run, autocast, baselines, batches, clustering, color_jitter,
+                    cosine_lr, describe, embed, embed_both, evaluate, fast_dtype, fetch, generator,
+                    heatmap, kmeans, logistic_regression, normalise, number, pixel_statistics,
+                    prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
+                    run_script, save_picture, save_views, score, set_lr, to_device)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
-# Anchors are the views of the batch. Candidates are the same views, or the rows of the memory. One
-#    product gives all cosines, one softmax gives e, and everything below is read off e.
+# Anchors are the views of the batch. Candidates are the same views, or the rows of the memory. Of
+#    either one product gives all cosines and one softmax gives e; the rest is read off e.
 # Which loss trains what: L_sem trains z. L_con trains both predictions, z by pv and W by ps. L_bal
 #    trains ps alone. All of them train f.
 # How an anchor is kept from being its own candidate: in the batch it is a member of its own
 #    cluster, and such members are neither pulled nor pushed. Its row of the memory is pulled, but
 #    has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
-#    minimum, and L_con can be 0 too. Only L_bal speaks against it, which is ln K then, its maximum.
-#    Votes by the mean (D6) and a start from k-means (D3) keep the training away from that point.
+#    minimum, and L_con can be 0 too. L_bal alone is against it: it is ln K then, its maximum. The
+#    start from k-means (D3) and votes by the mean (D6) keep the training away from that point.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
-#    cluster. That is too few for votes, and its nearest neighbours are hardly ever among them.
+#    cluster. These are too few for votes, and its nearest neighbours are hardly ever among them.
+# What it costs: about four matrices 2B x N at once. With 1.2 million rows and 512 views each takes
+#    2.5 GB, so 10 GB: calculated. On one GPU of 80 GB a step ends near 8 million rows.
 
 
 def exponentials(z, candidates, tau):
     """e_ij = exp(s_ij / tau) / sum_l exp(s_il / tau),   s_ij = z_i . m_j
 
-    z (B, D) anchors, candidates (N, D), rows of unit length. -> (B, N), rows sum to 1. The divisor
-    cancels in both formulas below; it keeps exp from overflowing."""
+    z (B, 128) anchors, candidates (N, 128), rows of unit length. -> (B, N), rows sum to 1. The
+    divisor cancels in L_sem and in pv; it keeps exp from overflowing."""
     return (z / tau @ candidates.t()).softmax(1)
 
 
@@ -111,23 +109,22 @@ def cluster_votes(e, clusters, k, own=None):
 def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
     """L_sem = -mean_i log pulled_i / (pulled_i + pushed_i)
 
-    pulled_i = sum_{j in {o_i} u P_i, c_j = c_i} e_ij      the own image and near ones like it
+    pulled_i = sum_{j in {o_i} u P_i, c_j = c_i} e_ij      its own image; near ones of its cluster
     pushed_i = sum_{k != c_i} S_ik                         all members of all other clusters
 
-    e           (B, N) from exponentials; votes S (B, K) from cluster_votes
+    e           (B, N) from exponentials; votes S (B, K) from cluster_votes, with or without own
     own         o (B,): the candidate that shows the anchor's own image; its cluster is c_i
     clusters    c (N,): cluster of each candidate, in 0..K-1
     neighbours  P_i (B, P): candidates near the anchor, without o_i. Those of other clusters do not
                 count; None: there are none
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
-    pushed. With c_j = j, S is e itself, and the loss is instance discrimination: ln N when all are
-    equally similar. With one cluster it is 0. An anchor costs at most 87, by the smallest float32;
-    between cosines, a tau below .03 can come to that."""
+    pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
+    similar. With one cluster it is 0. It saturates at 87, which cosines reach if tau < .03."""
     mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
     near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
-    pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)                  # B
-    pushed = votes.scatter(1, mine, 0).sum(1)                                       # B
+    pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)              # B
+    pushed = votes.scatter(1, mine, 0).sum(1)                                   # B
     pulled, both = pulled.clamp(min=smallest), (pulled + pushed).clamp(min=smallest)
     return (both.log() - pulled.log()).mean()
 
@@ -139,8 +136,8 @@ def visual_prediction(votes, clusters):
     in the mean (D6). votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum to 1;
     an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
-    size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)             # K
-    mean = votes / size.clamp(min=1)                                                # BxK
+    size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
+    mean = votes / size.clamp(min=1)                                            # BxK
     return mean / mean.sum(1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
 
 
@@ -157,18 +154,16 @@ def balance_loss(logits):
     """L_bal = ln K - H(q),   q_k = mean_i ps_ik,   H(q) = -sum_k q_k ln q_k,   ps = softmax(logits)
 
     logits: (B, K). -> scalar in [0, ln K], lower is better: 0 when the batch uses all clusters
-    equally, ln K when every image is in one cluster. ln q comes from log-probabilities: where q_k
-    is 0 in float32, the gradient of q ln q would be NaN."""
-    log_q = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))              # K
+    equally, ln K if all images are in one. At q_k = 0 only log-probabilities have a gradient."""
+    log_q = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))          # K
     return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum()
 
 
 def update_memory(memory, rows, z, momentum):
     """m_i <- normalise(momentum m_i + (1 - momentum) z_i),   for i in rows
 
-    memory (N, D), z (B, D), of unit length; rows (B,): where the images of z stand in the memory,
-    all different. -> the new memory, without gradient. Momentum 0 keeps the newest embeddings, 1
-    the oldest."""
+    memory (N, 128), z (B, 128), of unit length; rows (B,): where the images of z stand in it, all
+    different. -> the new memory, without gradient. Momentum 0 keeps the newest, 1 the oldest."""
     mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
     return memory.index_copy(0, rows, F.normalize(mixed, dim=1))
 
@@ -210,10 +205,10 @@ def make_views(args, statistics):
 
 
 def nearest_rows(memory, count):
-    """The `count` most similar other rows of each row. memory (N, D) -> (N, count) indices"""
+    """The `count` most similar other rows of each row. memory (N, 128) -> (N, count)"""
     found, count = [], min(count, len(memory) - 1)
-    for rows in torch.arange(len(memory), device=memory.device).split(1024):
-        s = (memory[rows] @ memory.t()).scatter_(1, rows[:, None], -math.inf)       # 1024xN
+    for rows in torch.arange(len(memory), device=memory.device).split(256):
+        s = (memory[rows] @ memory.t()).scatter_(1, rows[:, None], -math.inf)   # 256xN
         found.append(s.topk(count, 1).indices)
     return torch.cat(found)
 
@@ -228,10 +223,10 @@ def fit_classifier(classifier, h, clusters):
     classifier.bias.copy_(w[0] - mean / std @ w[1:])
 
 
-def hand_over(net, images, index, memory, statistics, device, args):
-    """After the warm-up: -> first clusters (N,) (D3), neighbours (N, P) (D5); W is fitted (D4)."""
+def hand_over(net, images, index, memory, statistics, args):
+    """After the warm-up: W is fitted (D4). -> first clusters (N,) (D3), neighbours (N, P) (D5)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
-    h = embed(net.backbone, images[index.to(images.device)], statistics, device)
+    h = embed(net.backbone, images[index.to(images.device)], statistics, memory.device)
     fit_classifier(net.classifier, h, clusters)
     return clusters, nearest_rows(memory, args.positives)
 
@@ -254,13 +249,11 @@ def parse(argv=None):
     add("--jitter", type=number(float, 0, 1), default=.5, help="s, strength of the colour jitter")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
-    add("--warmup", type=number(float, 0, 1), default=.7, help="share of the epochs in which each "
-        "image is its own cluster (D2)")
+    add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without clusters")
     add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: each "
         "image stays its own cluster in L_sem; with --alpha 0 the baseline")
     add("--positives", type=number(int, 0), default=20, help="P, size of P_i; 0: none")
-    add("--alpha", type=number(float, 0), default=1., help="a, weight of L_con; 0: no classifier, "
-        "no L_bal, clusters by the visual prediction alone")
+    add("--alpha", type=number(float, 0), default=1., help="a, of L_con; 0: pv alone, no L_bal")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
     add("--frozen", action="store_true", help="keep the first clusters: no consensus")
     add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
@@ -277,22 +270,23 @@ def losses(z, logits, rows, memory, clusters, neighbours, args):
     """Embeddings (2B, 128) and logits (2B, K) of both views, the rows (B,) of their images in the
     memory (N, 128), its clusters (N,) and neighbours (N, P), both None in the warm-up -> L, {its
     terms}, pv (None without clusters), ps: the algorithm in one place."""
-    rows, n, k = torch.cat([rows, rows]), len(z), logits.shape[1]                   # 2B
+    rows, n, k = torch.cat([rows, rows]), len(z), logits.shape[1]               # 2B
     twin = torch.arange(n, device=z.device).roll(n // 2)           # the other view of the image
-    near, e = exponentials(z, z, args.tau), exponentials(z, memory, args.memory_tau)
-    votes = None if clusters is None else cluster_votes(e, clusters, k, rows)       # 2BxK
+    e_batch, e = exponentials(z, z, args.tau), exponentials(z, memory, args.memory_tau)
+    votes = None if clusters is None else cluster_votes(e, clusters, k, rows)   # 2BxK
     if clusters is None or args.contrast == "instance":            # each image is its own cluster
-        image, each = twin % (n // 2), torch.arange(len(memory), device=z.device)
-        batch = semantic_contrastive_loss(near, cluster_votes(near, image, n // 2), twin, image)
-        bank = semantic_contrastive_loss(e, e, rows, each)
+        c, each = twin % (n // 2), torch.arange(len(memory), device=z.device)
+        in_batch = semantic_contrastive_loss(e_batch, cluster_votes(e_batch, c, n // 2), twin, c)
+        in_memory = semantic_contrastive_loss(e, e, rows, each)
     else:
-        c = clusters[rows]                                                          # 2B
-        batch = semantic_contrastive_loss(near, cluster_votes(near, c, k), twin, c)
-        bank = semantic_contrastive_loss(e, votes, rows, clusters, neighbours[rows])
-    loss, terms = batch + args.memory_weight * bank, {"batch": batch, "memory": bank}
+        c = clusters[rows]                                                      # 2B
+        in_batch = semantic_contrastive_loss(e_batch, cluster_votes(e_batch, c, k), twin, c)
+        in_memory = semantic_contrastive_loss(e, votes, rows, clusters, neighbours[rows])
+    loss = in_batch + args.memory_weight * in_memory
+    terms = {"batch": in_batch, "memory": in_memory}
     if clusters is None:
         return loss, terms, None, None
-    pv, ps = visual_prediction(votes, clusters), logits.softmax(1)                  # 2BxK each
+    pv, ps = visual_prediction(votes, clusters), logits.softmax(1)              # 2BxK each
     if args.alpha:
         terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(logits)
         loss = loss + args.alpha * terms["consistency"] + args.beta * terms["balance"]
@@ -300,30 +294,23 @@ def losses(z, logits, rows, memory, clusters, neighbours, args):
 
 
 @torch.no_grad()
-def consensus(pv, ps):
-    """Where both predictions agree: argmax_k pv_ik ps_ik, each as the mean of an image's two views.
-    pv, ps (2B, K) -> clusters (B,), and (B,) how both chose: pv's cluster * K + ps's"""
-    pv, ps = (sum(p.chunk(2)) / 2 for p in (pv, ps))                                # BxK each
-    return (pv * ps).argmax(1), pv.argmax(1) * pv.shape[1] + ps.argmax(1)
+def consensus(pv, ps, alpha=1.):
+    """argmax_k pv_ik ps_ik, each the mean of an image's two views; if alpha is 0, nothing trains W,
+    and pv alone decides. pv, ps (2B, K) -> clusters (B,), and (B,) pv's cluster * K + ps's"""
+    pv, ps = (sum(p.chunk(2)) / 2 for p in (pv, ps))                            # BxK each
+    return (pv * ps if alpha else pv).argmax(1), pv.argmax(1) * pv.shape[1] + ps.argmax(1)
 
 
 def predictions(net, h, memory, clusters, tau):
     """Features (N, D) of un-augmented images -> pv, ps (N, K)"""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
-                       for z in net.embedding(h).split(1024)])
-    return visual_prediction(votes, clusters), net.classifier(h).softmax(1)         # NxK each
-
-
-def draw_agreement(joint, epoch):
-    """How often each pair of clusters was chosen (K, K), as shares of its row, as a picture."""
-    share = joint / joint.sum(1, keepdim=True).clamp(min=1)
-    return heatmap(share, limit=1, title=f"visual (row) x boundary, epoch {epoch}: "
-                   f"{joint.trace() / joint.sum():.0%} agree")
+                       for z in net.embedding(h).split(256)])
+    return visual_prediction(votes, clusters), net.classifier(h).softmax(1)     # NxK each
 
 
 @torch.no_grad()
-def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
+def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
     """Scores of the frozen network and of both predictions beside the baselines; pictures."""
     k, table = net.classifier.out_features, {}
@@ -336,11 +323,12 @@ def report(args, run, data, net, untrained, index, memory, clusters, statistics,
     if clusters is not None:
         pairs = zip(*(predictions(net, h, memory, clusters, args.memory_tau)
                       for h in (train_h, test_h)))
-        names = ("scl, visual", "scl, boundary")[:2 if args.alpha else 1]           # a W without
-        finals = dict(zip(names, (clustering(*p) for p in pairs)))                  # L_con is stale
+        names = ("scl, visual", "scl, boundary")[:2 if args.alpha else 1]
+        finals = dict(zip(names, (clustering(*p) for p in pairs)))
         found = finals["scl, visual"]                              # for clusters.csv
-        save_picture(run.folder / "agreement.png", beside(*(
-            draw_agreement(joints[e], e) for e in (min(joints, key=int), max(joints, key=int)))))
+        shares, agree = joint / joint.sum(1, keepdim=True).clamp(min=1), joint.trace() / joint.sum()
+        save_picture(run.folder / "agreement.png", heatmap(
+            shares, limit=1, title=f"visual (row) x boundary, last epoch: {agree:.0%} agree"))
     if data.classes:
         table = baselines(data, untrained, statistics, k, args.seed, index, device)
         table.update({"k-means, features": on_h, "k-means, embedding": on_z})
@@ -370,11 +358,11 @@ def train(args):
         row = torch.zeros(len(data.train.images), dtype=torch.int64, device=device)
         row[index.to(device)] = torch.arange(n, device=device)     # image -> its row of the memory
         start = torch.randn(n, 128, generator=generator(args.seed, 0, "memory"))
-        saved = {"memory": F.normalize(start, dim=1), "clusters": None, "neighbours": None,
-                 "joints": {}, **run.restore(net=net, optimizer=optimizer)}
+        saved = run.restore(net=net, optimizer=optimizer) or {
+            "memory": F.normalize(start, dim=1), "clusters": None, "neighbours": None}
         memory, clusters, neighbours = (None if saved[name] is None else saved[name].to(device)
                                         for name in ("memory", "clusters", "neighbours"))
-        joints = saved["joints"]                                   # epoch -> how both chose, KxK
+        joint = saved.get("joint")                                 # of the report, KxK
         forward = torch.compile(net) if args.compile else net
         print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
               f"{fast_dtype(device)}; {run.folder}")
@@ -382,45 +370,43 @@ def train(args):
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
         for epoch in range(run.epoch, args.epochs):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
-                clusters, neighbours = hand_over(net, images, index, memory, statistics, device,
-                                                 args)
+                clusters, neighbours = hand_over(net, images, index, memory, statistics, args)
             first, last = (0, warm) if epoch < warm else (warm, args.epochs)
             steps, before = (last - first) * per_epoch, clusters
             meter = Meter(f"scl, epoch {epoch + 1}", per_epoch)
-            joint = torch.zeros(k * k, device=device)
+            joint = torch.zeros(k * k, device=device)              # visual x boundary
             rng = generator(args.seed, epoch, "views")
             for i, (part, x1, x2) in enumerate(
                     batches(images, index, args.batch_size, views, rng, device)):
                 at, rows = (epoch - first) * per_epoch + i, row[part]
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
                 with autocast(device):                             # one pass: BatchNorm sees both
-                    z, logits = forward(torch.cat([x1, x2]))                        # 2Bx128, 2BxK
+                    z, logits = forward(torch.cat([x1, x2]))                    # 2Bx128, 2BxK
                 loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, neighbours, args)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 meter.add(loss=loss, **terms)
                 if clusters is not None:
-                    chosen, pair = consensus(pv, ps if args.alpha else torch.ones_like(ps))
+                    chosen, pair = consensus(pv, ps, args.alpha)
                     clusters = clusters if args.frozen else clusters.index_copy(0, rows, chosen)
                     joint.index_add_(0, pair, torch.ones_like(pair, dtype=joint.dtype))
-                mean_z = F.normalize(sum(z.detach().chunk(2)), dim=1)               # Bx128
+                mean_z = F.normalize(sum(z.detach().chunk(2)), dim=1)           # Bx128
                 memory = update_memory(memory, rows, mean_z, args.momentum)
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
-            if clusters is not None:
-                joints[str(epoch + 1)] = joint = joint.view(k, k).cpu()
+            if clusters is not None:                               # moved: changed in this epoch
+                joint = joint.view(k, k).cpu()
                 sizes = torch.bincount(clusters, minlength=k) / n
-                record["agreement"] = (joint.trace() / joint.sum()).item()
-                record["moved"] = (clusters != before).float().mean().item()
-                record["clusters"] = int((sizes > 0).sum())
-                record["largest"] = sizes.max().item()
+                record.update(agreement=(joint.trace() / joint.sum()).item(),
+                              moved=(clusters != before).float().mean().item(),
+                              clusters=int((sizes > 0).sum()), largest=sizes.max().item())
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
-                          memory=memory, clusters=clusters, neighbours=neighbours, joints=joints)
+                          memory=memory, clusters=clusters, neighbours=neighbours, joint=joint)
             if record.get("largest", 0) > max(.5, 2 / k):          # of two, one may hold half
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
         # 5. The report. Labels are used from here on and never before.
-        report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joints,
+        report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
                device)
 
 
@@ -433,3 +419,12 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
+# ACC on test images of the visual and of the boundary prediction; of the baseline, k-means on h, z.
+#     python scl.py, seeds 0 to 4, mean +- deviation                  not run
+#     python scl.py --contrast instance --alpha 0, the same seeds     not run
+# Seed 100, one warm-up continued in three ways: .993, .990 as it is; .995, .993 with P_i found anew
+#     in each step; .991, .990 with --frozen. So shapes do not separate them. After the warm-up
+#     k-means on the memory has .944 on training images, with 1, 20 and 100 restarts.
+# losses() and its gradient beside a step of the network, 128 views, one CPU core: 13 of 193 ms with
+#     5,000 rows, 166 of 332 ms with 50,000.
+# Not run: Fashion-MNIST, CIFAR-10, --positives 0, --memory-weight 0, --beta 0, a GPU.

@@ -59,19 +59,18 @@ class Far(torch.Tensor):
 
 
 class Accelerator(TorchDispatchMode):
-    """The context in which the device exists. waits: [(operation, file:line)] of training steps;
-    others: those of all the rest."""
+    """The context in which the device exists. recent: [(operation, file:line)] that waited."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.others, self.in_step, self.stack = [], [], False, contextlib.ExitStack()
+        self.recent, self.stack = [], contextlib.ExitStack()
 
     def wait(self, what):
         frame = sys._getframe(1)
         while frame and not (Path(frame.f_code.co_filename).parent == ROOT):
             frame = frame.f_back
         where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "a test"
-        (self.waits if self.in_step else self.others).append((what, where))
+        self.recent.append((what, where))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
@@ -118,13 +117,16 @@ class Accelerator(TorchDispatchMode):
 
     def __enter__(self):
         """Functions that never reach the dispatcher, or that ask for the names of devices."""
-        real, autocast = torch.tensor, torch.autocast
-        def tensor(data, *, device=None, **more):
-            made = real(data, **more)
-            return made if device is None else made.to(device)
-
+        def on_device(make):
+            def made(data, *args, device=None, **more):
+                near = make(data, *args, **more)
+                return near if device is None else near.to(device)
+            return made
+        autocast = torch.autocast
         for place, name, value in (
-                (torch, "tensor", tensor), (torch.Tensor, "pin_memory", torch.Tensor.clone),
+                (torch, "tensor", on_device(torch.tensor)),
+                (torch, "as_tensor", on_device(torch.as_tensor)),
+                (torch.Tensor, "pin_memory", torch.Tensor.clone),
                 (torch, "autocast", lambda kind, *more, **options: contextlib.nullcontext()
                     if kind == DEVICE.type else autocast(kind, *more, **options)),
                 (torch, "compile", lambda net: net),

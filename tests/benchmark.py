@@ -289,6 +289,8 @@ def main(argv=None):
                 found["took"] = time.time() - began
                 common.write_text(path, json.dumps(found, indent=1) + "\n")
             except (Exception, SystemExit) as error:               # the other parts go on
+                if isinstance(error, SystemExit) and error.code >= 128:    # not after Ctrl-C
+                    raise
                 print(f"{name} FAILED: {type(error).__name__}: {error}")
         parts[name] = json.loads(path.read_text()) if path.exists() else None
     for name in SCRIPTS if args.all else ():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import nn
 
 import common
@@ -67,14 +67,6 @@ def test_scores_of_a_hand_made_example():
     assert scores["clusters"] == 3
 
 
-def test_permuting_cluster_ids_changes_no_score():
-    labels, ids = noisy_labels(300, 6, 6, 1)
-    order = np.random.default_rng(0).permutation(6)
-    before, after = cluster_scores(labels, ids), cluster_scores(labels, order[ids])
-    assert all(before[s] == pytest.approx(after[s]) for s in ("acc", "nmi", "ari", "clusters"))
-    assert before["classes"] == [after["classes"][k] for k in order]
-
-
 def test_a_perfect_clustering_scores_one_and_a_single_cluster_nothing():
     labels = torch.arange(40) % 4
     perfect = cluster_scores(labels, (labels + 1) % 4)
@@ -82,12 +74,6 @@ def test_a_perfect_clustering_scores_one_and_a_single_cluster_nothing():
     collapsed = cluster_scores(labels, torch.zeros(40, dtype=torch.long))
     assert (collapsed["acc"], collapsed["clusters"]) == (.25, 1)
     assert collapsed["nmi"] == pytest.approx(0) and collapsed["ari"] == pytest.approx(0)
-
-
-def test_numpy_arrays_tensors_and_lists_score_the_same():
-    labels, ids = noisy_labels(50, 4, 4, 2)
-    assert cluster_scores(labels, ids) == cluster_scores(labels.tolist(), ids.tolist()) == \
-        cluster_scores(torch.tensor(labels), torch.tensor(ids))
 
 
 def test_votes_come_from_the_images_that_vote():
@@ -106,12 +92,6 @@ def test_one_to_one_leaves_clusters_or_classes_over(classes, clusters):
     scores = cluster_scores(labels, ids)
     used = [c for c in scores["classes"] if c >= 0]
     assert len(used) == len(set(used)) == min(classes, clusters) and scores["rule"] == "hungarian"
-
-
-def test_contingency_counts_like_scikit_learns_confusion_matrix():
-    labels, ids = noisy_labels(100, 5, 5, 4)
-    assert (common.contingency(labels, ids) == confusion_matrix(labels, ids, labels=range(5))).all()
-    assert common.contingency([0], [0], classes=3, clusters=4).shape == (3, 4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,17 +137,6 @@ def test_kmeans_ignores_the_length_of_features():
     assert same["ari"] > .99
 
 
-def test_other_seeds_of_kmeans_start_elsewhere():
-    x, _ = blobs(20, 20, 3.)
-    assert not torch.equal(*(kmeans(x, 20, seed, restarts=1)[0] for seed in (0, 1)))
-
-
-def test_more_restarts_are_never_worse():
-    x, _ = blobs(15, 20, 2.)
-    one, many = (inertia(x, *kmeans(x, 15, seed=0, restarts=r)) for r in (1, 8))
-    assert many <= one + 1e-4
-
-
 def test_an_empty_cluster_takes_a_point(monkeypatch):
     # Starts drawn at the very first point leave clusters empty, unless they are filled.
     x = torch.randn(12, 4, generator=rng())
@@ -177,8 +146,8 @@ def test_an_empty_cluster_takes_a_point(monkeypatch):
 
 def test_kmeans_takes_k_from_one_to_n():
     x, _ = blobs(3, 4, 1.)
-    assert set(kmeans(x, 1, seed=0)[0].tolist()) == {0}
-    assert sorted(kmeans(x, 12, seed=0)[0].tolist()) == list(range(12))
+    assert set(kmeans(x, 1, seed=0, restarts=2)[0].tolist()) == {0}
+    assert sorted(kmeans(x, 12, seed=0, restarts=2)[0].tolist()) == list(range(12))
 
 
 def test_more_clusters_than_images_are_refused():
@@ -220,7 +189,7 @@ def test_leave_one_out_lets_no_image_vote_for_itself():
     bank, y = blobs(4, 30, 4.)
     without = knn_accuracy(bank, y, bank, y, 1, leave_one_out=True)[0]
     assert without == pytest.approx(knn_by_loop(bank, y, bank, y, 1, .1, leave_one_out=True))
-    assert without < knn_accuracy(bank, y, bank, y, 1)[0] == 1      # with its own vote: always right
+    assert without < knn_accuracy(bank, y, bank, y, 1)[0] == 1
 
 
 def test_leave_one_out_holds_beyond_the_first_chunk_of_queries():
@@ -230,15 +199,6 @@ def test_leave_one_out_holds_beyond_the_first_chunk_of_queries():
     expected = (y[nearest] == y).float().mean().item()
     score = knn_accuracy(bank, y, bank, y, 1, leave_one_out=True)[0]
     assert score == pytest.approx(expected, abs=2e-3)
-
-
-def test_similar_neighbours_weigh_more_than_many():
-    # Query (1, 0): one neighbour of class 0 at cosine 1 votes e^10 = 22026, two of class 1 at
-    # cosine .6 vote e^6 = 403 each. With tau = 10: 1.105 against 2 x 1.062, the many win.
-    bank = torch.tensor([[1., 0.], [.6, .8], [.6, -.8], [-1., 0.], [-1., 0.], [-1., 0.]])
-    y, query = torch.tensor([0, 1, 1, 0, 0, 1]), torch.tensor([[2., 0.]])
-    assert knn_accuracy(bank, y, query, torch.tensor([0]), 3, tau=.1)[0] == 1
-    assert knn_accuracy(bank, y, query, torch.tensor([0]), 3, tau=10.)[0] == 0
 
 
 def test_k_is_lowered_to_the_mean_class_size_of_a_small_bank_and_told():
@@ -356,12 +316,6 @@ def test_the_probe_standardises_so_scales_and_offsets_of_features_change_nothing
     assert (a == b).float().mean() > .98
 
 
-def test_a_constant_feature_does_not_break_the_probe():
-    x, y = blobs(3, 30, .5)
-    x[:, 3] = 7.
-    assert (linear_probe(x, y, x, 3, seed=0) == y).all()
-
-
 def test_evaluation_repeats_itself_and_leaves_torchs_global_random_state_alone():
     x, y = blobs(4, 40, 4.)
     before = torch.get_rng_state()
@@ -382,13 +336,6 @@ def images(n=40, side=16, seed=0):
     return torch.randint(0, 256, (n, 3, side, side), generator=rng(seed), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_embed_restores_the_mode_of_the_network(training):
-    net = small_net().train(training)
-    common.embed(net, images(), common.pixel_statistics(images()), CPU)
-    assert net.training is training and net[1].training is training
-
-
 def test_embed_does_not_depend_on_the_batch_size_and_leaves_batch_norm_alone():
     # In train mode BatchNorm would see each batch's own mean, and remember it.
     net, x = small_net().train(), images()
@@ -406,12 +353,6 @@ def test_embed_is_the_network_on_normalised_unaugmented_images():
     with torch.no_grad():
         plain = net((x.float() / 255 - mean) / std)
     assert (common.embed(net, x, (mean, std), CPU) - plain).abs().max() < .02 * plain.abs().max()
-
-
-def test_fetch_gives_the_asked_images_between_zero_and_one():
-    x = images()
-    out = common.fetch(x, torch.tensor([5, 3]), CPU)
-    assert torch.equal(out, x[[5, 3]].float() / 255)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -441,13 +382,6 @@ def test_evaluate_scores_separated_blobs_perfectly_on_the_test_split():
     assert scores["kmeans"]["rule"] == "hungarian"
     assert len(found.train) == len(x) and len(found.test) == len(t)
     assert 0 <= found.test_confidence.min() and found.test_confidence.max() <= 1
-
-
-def test_evaluate_without_labels_gives_clusters_and_no_score():
-    x, _, t, _ = halves(.1)
-    scores, found = common.evaluate(x, t, data_of(x, None, t, None), 4, seed=0)
-    assert scores == {}
-    assert len(set(found.test.tolist())) == 4
 
 
 def test_clusters_never_depend_on_labels():
@@ -535,14 +469,6 @@ def test_the_printed_table_names_rule_neighbours_and_splits(test, clusters, rule
     assert ("120 test images" in words) is test and ("same 120 images" in words) is not test
 
 
-def test_baselines_are_raw_pixels_and_the_untrained_network():
-    data, net = coloured(), nn.Flatten()
-    statistics = common.pixel_statistics(data.train.images)
-    table = common.baselines(data, net, statistics, 3, 0, torch.arange(120), CPU)
-    assert set(table) == {"raw pixels", "random network"}
-    assert table["random network"]["kmeans"]["clusters"] >= 1 and table["raw pixels"]["knn"] < 1
-
-
 @pytest.mark.parametrize("flags, words", [
     ({"batch_size": 500}, "--batch-size 500: there are only 120"),
     ({"clusters": 121}, "--clusters 121: there are only 120"),
@@ -554,9 +480,8 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_written(flags, 
     labels = flags.pop("labels")
     data = data_of(x, labels, t, None if labels is None else z)
     monkeypatch.setattr(common, "load_dataset", lambda *a, **b: data)
-    args = SimpleNamespace(dataset="shapes", data_dir="data", image_size=None, classes=None, out=None,
-                           unlabelled=False, labelled=False, fit="crop", device="cpu", seed=0,
-                           **flags)
+    args = common.Parser("", 1).parse(["--device=cpu"], {})
+    vars(args).update(flags)
     if words:
         with pytest.raises(UserError, match=words):
             common.prepare(args, {})

@@ -253,18 +253,13 @@ def test_a_run_is_stopped_by_sigterm_and_resumed_but_by_one_process_at_a_time(tm
     stopped_by(signal.SIGTERM, "identitize", folder)
     first = start("identitize", folder, "--resume", prepare=(slowly,))
     wait_for(folder / "lock")
-    for flags, words in ((["--resume"], "another process"), ([], "already holds")):
-        code, text = finish("identitize", folder, *flags, output=f"{folder}2.txt")
-        assert code == 2 and "Traceback" not in text and words in text.splitlines()[-1], text
+    code, text = finish("identitize", folder, "--resume", output=f"{folder}2.txt")
+    assert code == 2 and "another process" in text.splitlines()[-1], text
     assert first.exitcode is None                                  # it was not disturbed
     first.kill()                                                   # and a kill leaves no lock
     first.join()
     assert finish("identitize", folder, "--resume")[0] == 0
     assert [record["epoch"] for record in log_of(folder)] == [1, 2, 3, 4, 5, 6]
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    code, text = finish("identitize", folder, "--resume")
-    assert code == 0 and "complete" in text.splitlines()[-1]
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 def ignored(number):
@@ -298,16 +293,18 @@ def precision(name):
     common.fast_dtype = lambda device: getattr(torch, name)
 
 
-@ALL
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_two_identical_runs_of_the_smallest_size_are_the_same_to_the_last_bit(script, dtype, tmp_path):
+@pytest.mark.parametrize("script, dtype", [("identitize", "bfloat16"), *(
+    pytest.param(script, dtype, marks=pytest.mark.slow) for script in SCRIPTS
+    for dtype in ("float32", "bfloat16") if script != "identitize" or dtype == "float32")])
+def test_two_runs_of_the_smallest_size_are_the_same_to_the_last_bit(script, dtype, tmp_path):
     # The smallest width is the one that the script's own parser takes. Below 8 channels torch's
     # backward of a strided 1x1 convolution writes over foreign memory on some processors.
     width = next(w for w in range(1, 99) if understood(script, f"--width={w}"))
     for folder in ("one", "other"):
         code, text = finish(script, tmp_path / folder, *SMALLEST.get(script, "").split(),
-                            *f"""--image-size 8 --width {width} --stem-stride 1 --batch-size 2 --clusters 2
-                            --train-size 10 --epochs 1 --seed 9223372036854775807""".split(),
+                            *f"""--image-size 8 --width {width} --stem-stride 1 --batch-size 2
+                            --clusters 2 --train-size 10 --epochs 1
+                            --seed 9223372036854775807""".split(),
                             prepare=(precision, dtype))
         assert code == 0, text
     a, b = (common.load_checked(tmp_path / folder / "checkpoint.pt")["state"]
@@ -325,7 +322,7 @@ def understood(script, *flags):
 @ALL
 @pytest.mark.parametrize("flags", [["--image-size=7"], ["--image-size=8", "--stem-stride=2"],
                                    ["--width=0"], ["--batch-size=1"], ["--train-size=1"]])
-def test_smaller_ones_are_refused_and_nothing_is_written(script, flags, tmp_path, few_shapes, capsys):
+def test_smaller_ones_are_refused_and_nothing_is_written(script, flags, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module(script).main(arguments(script, tmp_path / "run", *flags))
     err = capsys.readouterr().err
@@ -376,13 +373,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(script, few_shapes, capsys):
 @ALL
 def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(
         script, tmp_path, monkeypatch, few_shapes, capsys):
-    module, calls, real = importlib.import_module(script), [], importlib.import_module(script).batches
+    module = importlib.import_module(script)
+    real, first = module.batches, tmp_path / "run" / "checkpoint.pt"
     monkeypatch.setattr(common.Run, "INTERVAL", 0)
 
     def batches(*given):
         for index, *views in real(*given):
-            calls.append(1)
-            if len(calls) == 9:                                    # 6 in an epoch: in the second
+            if first.exists():                                     # in the second epoch
                 views[0][0, 0, 0, 0] = float("inf")
             yield index, *views
     monkeypatch.setattr(module, "batches", batches)

@@ -87,6 +87,19 @@ def test_a_file_stays_as_long_as_it_may_be_and_its_functions_too(file, lines):
             assert length <= (90 if node.name == "train" else 60), node.name
 
 
+@pytest.mark.parametrize("file", [*SCRIPTS, "common"])
+def test_a_script_needs_common_and_the_four_packages_alone(file):
+    used = set()
+    for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used.add(node.module.split(".")[0])
+    packages = {"torch", "torchvision", "numpy", "scipy", "PIL"}   # PIL comes with torchvision
+    assert used - sys.stdlib_module_names - packages <= {"common"} - {file}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_with_common_alone_in_an_empty_folder_runs(script, tmp_path):
     for file in (f"{script}.py", "common.py"):

@@ -157,6 +157,8 @@ def test_the_consensus_is_where_the_product_of_both_predictions_is_largest():
     chosen, pair = scl.consensus(pv, ps)                            # .30 > .20, .28 > .18
     assert chosen.tolist() == [0, 0]
     assert pair.tolist() == [0 * 2 + 0, 1 * 2 + 0]                  # visual 0 and 1, boundary 0
+    alone, _ = scl.consensus(pv, ps, alpha=0)                       # without the classifier
+    assert alone.tolist() == [0, 1]
 
 
 def test_consistency_is_the_printed_sum():

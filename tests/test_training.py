@@ -63,11 +63,6 @@ def test_the_last_stage_sees_a_32_px_image_at_4_by_4_positions():
     assert sizes == [4, 1]
 
 
-def test_the_laptop_stem_halves_the_image():
-    assert resnet18(32, 4, stem_stride=2).conv1.stride == (2, 2)
-    assert "stride 2" in common.describe(resnet18(32, 4, stem_stride=2), 32)
-
-
 def test_convolutions_start_with_he_initialisation_at_every_width():
     # Fan-out of a 3x3 convolution to 64 channels is 9 x 64: deviation sqrt(2 / 576) = .0589.
     torch.manual_seed(0)
@@ -95,10 +90,6 @@ def test_warm_up_rises_linearly_and_meets_the_cosine_at_one():
     assert falling == sorted(falling, reverse=True)
 
 
-def test_a_run_of_a_single_step_has_a_finite_learning_rate():
-    assert cosine_lr(0, 1) == 1 and cosine_lr(0, 0) == 1
-
-
 def test_parameter_groups_keep_their_own_factor():
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "factor": 10}], lr=1)
@@ -112,12 +103,6 @@ def test_seed_epoch_and_purpose_each_change_the_random_numbers():
     draws = {key: torch.rand(8, generator=generator(*key)) for key in keys}
     assert len({tuple(d.tolist()) for d in draws.values()}) == len(keys)
     assert all(torch.equal(torch.rand(8, generator=generator(*key)), d) for key, d in draws.items())
-
-
-def test_streams_of_neighbouring_epochs_are_uncorrelated():
-    # 10,000 pairs: the correlation of independent numbers has deviation .01; five of them are .05.
-    a, b = (torch.rand(10_000, generator=generator(0, epoch, "views")) for epoch in (0, 1))
-    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < .05
 
 
 def test_an_unavailable_device_is_refused_in_one_line():
@@ -187,10 +172,6 @@ def test_large_epochs_are_augmented_in_chunks_and_batches_do_not_straddle_them()
     made = list(batches(images, torch.arange(1100), 100, views, generator(0, 0, ""), CPU))
     assert [len(ids) for ids, _ in made] == [100] * 11
     assert sum(calls) == 1100 and all(n % 100 == 0 for n in calls) and len(calls) > 1
-
-
-def test_fewer_images_than_a_batch_give_no_batch():
-    assert one_epoch(n=5, batch_size=8) == []
 
 
 def test_the_meter_averages_every_term_over_the_epoch():

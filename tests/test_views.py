@@ -216,12 +216,6 @@ def test_hue_shifts_are_uniform_around_zero():
     assert kstest((out[:, 1] - out[:, 2]) / 6, "uniform", (-.1, .2)).pvalue > .01
 
 
-def test_every_image_of_a_batch_gets_its_own_colours():
-    x = pictures(1).expand(32, -1, -1, -1)
-    views = common.color_jitter(x, .4, .4, .4, .1, rng(), p=1)
-    assert all((a - b).abs().max() > LEVEL for a, b in itertools.combinations(views, 2))
-
-
 def test_jitter_takes_batches_smaller_than_its_groups():
     assert common.color_jitter(pictures(3), .4, .4, .4, .1, rng(), groups=8).shape == (3, 3, 32, 32)
     assert common.color_jitter(pictures(1), .4, .4, .4, .1, rng(), groups=8).shape == (1, 3, 32, 32)
@@ -257,18 +251,6 @@ def test_the_same_seed_gives_the_same_views_and_another_seed_others():
     assert not torch.equal(recipe(x, rng(5)), recipe(x, rng(6)))
 
 
-def test_two_views_from_one_generator_differ():
-    x, g = pictures(16), rng()
-    assert ((recipe(x, g) - recipe(x, g)).abs().amax((1, 2, 3)) > LEVEL).all()
-
-
-def test_views_do_not_touch_torchs_global_random_state():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    recipe(pictures(8), rng())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_views_stay_in_the_unit_interval_and_leave_the_images_alone():
     x = pictures(64)
     before = x.clone()
@@ -284,8 +266,3 @@ def test_normalised_pixels_have_mean_zero_and_deviation_one_in_each_channel():
     assert out.mean((0, 2, 3)).abs().max() < 1e-4
     assert (out.std((0, 2, 3)) - 1).abs().max() < 1e-4
     assert out.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_images_of_one_colour_are_normalised_to_finite_numbers():
-    images = torch.full((5, 3, 8, 8), 7, dtype=torch.uint8)        # std 0 would divide by zero
-    assert common.normalise(images.float() / 255, common.pixel_statistics(images)).isfinite().all()
