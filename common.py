@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import comb
 from scipy.stats import entropy
 from torch import nn
@@ -458,12 +458,12 @@ def subset(labels, n, size, seed):
 
 
 def to_device(images, device):
-    """Move a uint8 dataset to the device; where it does not fit, leave it in pinned memory."""
+    """Move a uint8 dataset to the device; where it does not fit, it stays in host memory."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if images.nbytes > .5 * free:
         print(f"the images ({images.nbytes / 2**30:.1f} GiB) stay in host memory: the device has "
               f"{free / 2**30:.1f} GiB free")
-        return images.pin_memory()
+        return images
     return images.to(device)
 
 
@@ -1118,7 +1118,8 @@ def kmeans(features, k, seed, restarts=20, iterations=300):
                     break
                 before = inertia
             total = torch.zeros_like(centre).index_add_(0, assignment, x)
-            count = torch.bincount(assignment, minlength=k)[:, None]
+            ones = torch.ones(n, 1, device=x.device)
+            count = torch.zeros(k, 1, device=x.device).index_add_(0, assignment, ones)
             far = x[distance.topk(k).indices]
             centre = torch.where(count > 0, total / count.clamp(min=1), far)
         best = min(best, (distance.sum().item(), assignment, centre), key=lambda found: found[0])
@@ -1137,7 +1138,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k_neighbours=200, tau=.1, l
     classes = int(bank_labels.max()) + 1
     k_neighbours = max(1, min(k_neighbours, len(bank) // classes, len(bank) - 1))
     hits = torch.zeros((), device=bank.device)
-    for rows in torch.arange(len(queries), device=bank.device).split(2048):
+    for rows in torch.arange(len(queries), device=bank.device).split(max(1, 2**26 // len(bank))):
         similarity = queries[rows] @ bank.t()
         if leave_one_out:
             similarity[rows - rows[0], rows] = -2
@@ -1160,20 +1161,26 @@ def knn_gauge(backbone, data, index, statistics, device, epoch, args):
     return {"knn": knn_accuracy(h[some:], y[some:], h[:some], y[:some])[0]} if some else {}
 
 
-@torch.enable_grad()
+@torch.no_grad()
 def logistic_regression(x, y, classes, decay, iterations=100):
-    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by L-BFGS.
-    x (N, D), best standardised; y (N,) classes. -> w (D + 1, C), the bias first"""
-    w = x.new_zeros(x.shape[1] + 1, classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
+    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by scipy's L-BFGS.
 
-    def loss_of_w():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(torch.addmm(w[0], x, w[1:]), y) + decay * w[1:].square().sum()
-        loss.backward()
-        return loss
-    optimizer.step(loss_of_w)
-    return w.detach()
+    x (N, D), best standardised; y (N,) classes. The device computes the loss and its gradient.
+    -> w (D + 1, C), the bias first"""
+    target = F.one_hot(y, classes).to(x.dtype)
+
+    def loss_and_gradient(flat):
+        w = torch.as_tensor(flat, dtype=x.dtype).to(x.device).view(-1, classes)
+        log_p = F.log_softmax(torch.addmm(w[0], x, w[1:]), 1)
+        error = (log_p.exp() - target) / len(x)
+        loss = -(log_p * target).sum() / len(x) + decay * w[1:].square().sum()
+        gradient = torch.cat([error.sum(0)[None], x.t() @ error + 2 * decay * w[1:]])
+        both = torch.cat([loss[None], gradient.flatten()]).double().cpu().numpy()
+        return both[0], both[1:]                                   # one wait for the device
+    start = np.zeros((x.shape[1] + 1) * classes)
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B",
+                     options={"maxiter": iterations})
+    return torch.as_tensor(found.x, dtype=x.dtype).to(x.device).view(-1, classes)
 
 
 def linear_probe(features, labels, test_features, classes, seed):

@@ -154,7 +154,7 @@ def random_mask(images, ratio, cells, generator, share=1., fill=0.):
     erased &= torch.rand(b, 1, generator=generator) < share
     erased = erased.view(b, 1, cells, cells).to(images.device, non_blocking=True)
     row, column = (torch.arange(n, device=images.device) * cells // n for n in (height, width))
-    return torch.where(erased[:, :, row][..., column], torch.as_tensor(fill).to(images), images)
+    return torch.where(erased[:, :, row][..., column], fill, images)
 
 
 def make_views(args, statistics):

@@ -370,7 +370,7 @@ def mine(z, k):
     """The k nearest of each row of z (N, D), unit length, by exact inner product. -> (N, 1 + k),
     the row itself first: step 2 draws from all, so at times an image is its own neighbour."""
     rows, found = torch.arange(len(z), device=z.device), []
-    for some in rows.split(2048):
+    for some in rows.split(max(1, 2**26 // len(z))):
         similarity = z[some] @ z.t()
         similarity[some - some[0], some] = -math.inf               # not itself; a twin may be
         found.append(similarity.topk(k, 1).indices)

@@ -188,12 +188,6 @@ def test_the_meter_shows_a_single_nan_of_the_epoch():
     assert math.isnan(meter.means()["loss"])
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3600, "1h00m"), (7322, "2h02m")])
-def test_times_are_written_for_people(seconds, text):
-    assert common.clock_text(seconds) == text
-
-
 # ------------------------------------------------------------------------------------------------
 # The smallest sizes: torch's bfloat16 convolution of stride 2 on a 1 x 1 map gives other results
 # at each call, so no network may need one.
@@ -232,8 +226,3 @@ def test_the_same_step_gives_the_same_gradients_at_the_smallest_sizes(
     assert all(g.isfinite().all() for g in first)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients()))
-
-
-def test_an_image_too_small_for_its_stem_is_refused_with_both_ways_out():
-    with pytest.raises(UserError, match="--stem-stride 1.*--image-size"):
-        resnet18(8, 4, stem_stride=2)
