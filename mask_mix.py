@@ -534,6 +534,5 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 7. What was measured
-#
-# Not run yet for this version: the scores at the defaults, with --mask-share 0, with --mix-weight 0
-# and with both, which is BYOL; and detection.
+# python mask_mix.py --seed 0, shapes, test: ACC .686, kNN .861, linear .969. kNN of erased images,
+# as in training .820 (raw pixels .644), otherwise .327 (.431). Not run: BYOL, each part, detection.
