@@ -367,8 +367,7 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
 # shapes, test images. ACC: k-means on h, ten clusters. kNN and linear: on h, by labels. One thread.
-#     python identitize.py, seeds 0, 1, 2: ACC .990 .996 .987, kNN .997 .998 .990, linear .9995 .9995
-#         .9965
+#     python identitize.py, seeds 0, 1, 2: ACC .990 .996 .987, kNN .997 .998 .990, mean linear .998
 #     python identitize.py --epochs 8, seed 0, and               not run
 #         --correlate between                                    not run
 #         --swap-weight 0                                        not run
