@@ -692,10 +692,16 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
     cache, key = Path(data_dir) / "cache" / f"{cache}.pt", digest.hexdigest()
     try:
         kept = load_checked(cache)
-        good = kept["key"] == key and len(kept["images"]) == len(kept["good"])
+        images, n = kept["images"], len(kept["good"])
+        side = images.shape[-1] if network else kept["how"]["size"]
+        rows = sorted([*kept["good"], *(i for i, _ in kept["bad"])])
+        good = kept["key"] == key and rows == list(range(len(paths))) and \
+            images.dtype == torch.uint8 and images.shape == (n, 3, side, side) and \
+            (len(kept["features"]) == n if network else kept["features"] is None) and \
+            all(isinstance(line, str) for line in kept["lines"])
         for i, _ in kept["bad"] if good else ():                   # it may be readable by now
             good = good and isinstance(decode(paths[i], **kept["how"]), str)
-    except (OSError, Damaged, LookupError, TypeError):
+    except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError):
         good = False
     if not good:
         kept = {"key": key, **decode_all(name, paths, size, fit, decoding or {}, network)}
@@ -1114,7 +1120,7 @@ def kmeans(features, k, seed, restarts=20, iterations=300):
             assignment = torch.cat([p.indices for p in parts])
             if i % 5 == 4:                                         # a look waits for the device
                 inertia = distance.sum().item()
-                if before - inertia <= 1e-6 * inertia:
+                if before - inertia <= 1e-6 * inertia + 1e-6:
                     break
                 before = inertia
             total = torch.zeros_like(centre).index_add_(0, assignment, x)
@@ -1285,9 +1291,10 @@ def save_atomically(path, state):
             raise error.__context__ or error                       # tells only what followed
 
 
-def load_checked(path):
+def load_checked(path, older=False):
     """What save_atomically wrote: plain values and dense, finite tensors. Raises Damaged for all
-    else, also for a flipped bit: the zip archive's checksums notice one, torch.load does not."""
+    else, also for a flipped bit: the zip archive's checksums notice one, torch.load does not.
+    older: a file of torch's format before zip archives will do, too."""
     def check(value):
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_complex() or not value.isfinite().all():
@@ -1296,18 +1303,32 @@ def load_checked(path):
             for part in value.values() if isinstance(value, dict) else value:
                 check(part)
     try:
-        with zipfile.ZipFile(path) as archive:
-            # Checksums do not cover the attributes: torch takes bit 0x10 for "a folder" and
-            # returns uninitialised memory.
-            marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
-            broken = archive.testzip() or next(marked, None)
-        if broken:
-            raise ValueError(f"{broken} fails its checksum")
+        if not older or zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # Checksums do not cover the attributes: torch takes bit 0x10 for "a folder" and
+                # returns uninitialised memory.
+                marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
+                broken = archive.testzip() or next(marked, None)
+            if broken:
+                raise ValueError(f"{broken} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         check(state)
         return state
     except Exception as error:                                     # a pickle can raise anything
         raise Damaged(f"{one_line(path)}: {one_line(error)}") from None
+
+
+def try_step(optimizer):
+    """One step of a copy of an optimizer, with gradients of 0. load_state_dict takes any state: a
+    part that is missing or foreign would show only later. Raises what the step raises."""
+    for p, kept in optimizer.state.items():
+        if any(t.numel() > 1 and t.shape != p.shape for t in kept.values()):
+            raise ValueError("the optimizer's state is of another shape")
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    trial.step()
 
 
 class Run:
@@ -1352,7 +1373,8 @@ class Run:
             try:
                 saved = load_checked(self.usable[0])
                 if any(not isinstance(saved[key], kind) for key, kind in kinds.items()) or \
-                        [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)):
+                        [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)) \
+                        or not math.isfinite(saved["seconds"]):
                     raise TypeError("a part of it is of another kind")
                 break
             except (OSError, Damaged, LookupError, TypeError) as error:
@@ -1398,7 +1420,7 @@ class Run:
         self.lock.close()
         (self.folder / "lock").unlink(missing_ok=True)
         if error is not None:
-            error.resume = f"; --resume goes on after epoch {self.saved}" if self.saved else \
+            error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
 
     def restore(self, **parts):
@@ -1408,11 +1430,8 @@ class Run:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
-                    moments = getattr(part, "state", {})           # of an optimizer
-                    if len({frozenset(kept) for kept in moments.values()}) > 1 or any(
-                            t.numel() > 1 and t.shape != p.shape
-                            for p, kept in moments.items() for t in kept.values()):
-                        raise ValueError("the optimizer's state does not fit")
+                    if isinstance(part, torch.optim.Optimizer):
+                        try_step(part)
                 break
             except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
                 self.drop(error)

@@ -436,7 +436,8 @@ def read_backbone(folder, trained=True):
         if trained:
             net.load_state_dict(load_checked(Path(folder) / "backbone.pt"))
         return net, (result["mean"], result["std"])
-    except (OSError, Damaged, ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (OSError, Damaged, ValueError, LookupError, TypeError, AttributeError,
+            RuntimeError) as error:
         raise UserError(f"{folder} is not a finished run: {one_line(error)}") from None
 
 

@@ -66,7 +66,6 @@ import hashlib
 import json
 import math
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,9 +223,8 @@ def load_weights(path, model, last=""):
     that silently stay random are a known accident. Other tensors are named, and refused where they
     look like layers of a larger model. -> {name: tensor}, also those of `last`"""
     try:
-        tensors = flat(load_checked(path) if zipfile.is_zipfile(path) else      # or an older file
-                       torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                                     # a pickle can raise anything
+        tensors = flat(load_checked(path, older=True))
+    except (OSError, Damaged) as error:
         raise UserError(f"{one_line(path)}: {one_line(error)} (if it holds more than tensors and "
                         f"you trust it, load it with weights_only=False and save its state_dict)"
                         ) from None
