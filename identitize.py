@@ -371,7 +371,7 @@ if __name__ == "__main__":
 #     python identitize.py --epochs 8, seed 0, and               not run
 #         --correlate between                                    not run
 #         --swap-weight 0                                        not run
-#         --mu 0 --swap-weight 1                                 not run
+#         --mu 0 --swap-weight 1    ACC .139, kNN .228, linear .274: it collapses
 #         --batch-size 16                                        not run
 #         --batch-size 16 --targets sinkhorn --swap-weight 0     not run
 # On other drawings, common._shapes(32, 5000, 1000), seed 0, the default has ACC .995, kNN .997,
