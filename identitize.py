@@ -369,7 +369,7 @@ if __name__ == "__main__":
 # shapes, test images. ACC: k-means on h, ten clusters. kNN and linear: on h, by labels. One thread.
 #     python identitize.py, seeds 0, 1, 2: ACC .990 .996 .987, kNN .997 .998 .990, mean linear .998
 #     python identitize.py --epochs 8, seed 0, and               not run
-#         --correlate between                                    not run
+#         --correlate between       ACC .684, kNN .884, linear .969
 #         --swap-weight 0                                        not run
 #         --mu 0 --swap-weight 1    ACC .139, kNN .228, linear .274: it collapses
 #         --batch-size 16                                        not run

@@ -248,6 +248,7 @@ def slowly():
     common.Run.save = lambda *given, **named: (time.sleep(.5), real(*given, **named))
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_by_sigterm_and_resumed_but_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "run"
     stopped_by(signal.SIGTERM, "identitize", folder)
