@@ -235,8 +235,8 @@ def losses(online, target, v, u, lam, args):
     l_g = regression_loss(p, t)
     l_f = mixed_regression_loss(p_mix, t, lam, partner)
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
-    # What L_g is when the prediction ignores its input: near it nothing is learned, however steadily
-    # the loss falls. It is 0 when all targets are the same, a collapse.
+    # What L_g is when the prediction ignores its input: near it nothing is learned, however
+    # steadily the loss falls. It is 0 when all targets are the same, a collapse.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
