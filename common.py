@@ -414,17 +414,23 @@ def _resized(images, size):
                       .round_().clamp_(0, 255).byte() for part in images.split(4096)])
 
 
-def prepare(args, defaults):
+def read_data(args, **options):
+    """load_dataset with the flags of the user; options: what to load it with instead"""
+    options = {"image_size": args.image_size, "classes": args.classes, "fit": args.fit,
+               "unlabelled": args.unlabelled, "labelled": args.labelled, "out": args.out, **options}
+    return load_dataset(args.dataset, args.data_dir, **options)
+
+
+def prepare(args, defaults, **options):
     """How every script starts: whatever can be checked is checked before anything is written.
 
-    -> device, Dataset, index (n,) of the training images to learn from, number of clusters. Prints
-    the settings that `defaults` chose. Raises UserError for what the data cannot give."""
-    device = pick_device(args.device)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size, classes=args.classes,
-                        unlabelled=args.unlabelled, labelled=args.labelled, fit=args.fit,
-                        out=args.out)
+    options: see read_data. -> device, Dataset, index (n,) of the training images to learn from,
+    number of clusters. Prints the settings that `defaults` chose. Raises UserError for what the
+    data cannot give."""
+    device, data = pick_device(args.device), read_data(args, **options)
     chosen = defaults.get(args.dataset if args.dataset in NAMES else "folder", {})
-    chosen = [f"--{k.replace('_', '-')} {v}" for k, v in chosen.items() if getattr(args, k) == v]
+    chosen = [f"--{k.replace('_', '-')} {v}" for k, v in chosen.items() if v == getattr(args, k) and
+              v is not None]
     if chosen:
         print(f"settings for {data.name}: {' '.join(chosen)}")
     if args.stem_stride == 2 and data.train.images.shape[-1] <= 8:     # the last stride would act
@@ -503,14 +509,14 @@ MAX_PIXELS = 100_000_000                  # a larger picture is refused: it may 
 def find_files(root, skip):
     """All image files below root, each as a tuple of names below root, sorted. skip: folders that
     are not data. Links are followed after all real folders, which keep their images."""
-    files, others, seen = [], 0, {os.path.realpath(path) for path in skip}
-    folders, links = [((), root)], []
+    skip = {os.path.realpath(path) for path in skip}
+    files, others, seen, folders, links = [], 0, {*skip}, [((), root)], []
     while folders or links:
         parts, place = (folders or links).pop()
         real = os.path.realpath(place)
         if real in seen or Path(real) in Path(root).parents:
-            if os.path.islink(place):
-                print(f"  left out, a link to a folder that is read already: {one_line(place)}")
+            why = "--out or --data-dir" if real in skip else "is read already"
+            print(f"  left out, {why}: {one_line(place)}")
             continue
         seen.add(real)
         try:
@@ -588,6 +594,10 @@ def layout(root, every, files, labelled, known):
     if len(names) == 1:
         print(f"  all training images are in one folder, {one_line(names.pop())}: that is no label")
         classes = dict.fromkeys(classes)
+    deeper = {part for f, label in classes.items() if names
+              for part in f[f.index(label, depth) + 1:-1] if part.lower() in SPLITS}
+    if deeper:                             # cats/train, cats/test, dogs/train, ...
+        print(f"  inside class folders, not taken as splits: {', '.join(sorted(deeper))}")
     found = {f: ("train", label) for f, label in classes.items()}
     for role in [role for role in ("test", "val") if role in groups]:
         inner = class_of(groups[role], depth, labelled, names)
@@ -1229,13 +1239,16 @@ def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, rest
 
 
 def baselines(data, untrained, statistics, clusters, seed, index, device):
-    """What any score must be held against: {'raw pixels': scores, 'random network': scores}"""
+    """What any score must be held against: {'raw pixels': scores, 'random network': scores}, the
+    latter if there is an untrained network."""
     side = min(32, data.train.images.shape[-1])                    # larger images are shrunk
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
     raw = embed_both(pixels, data, (torch.tensor(.5), torch.tensor(1.)), device)
-    random = embed_both(untrained, data, statistics, device)
-    return {"raw pixels": evaluate(*raw, data, clusters, seed, index, probe=False, restarts=5)[0],
-            "random network": evaluate(*random, data, clusters, seed, index)[0]}
+    table = {"raw pixels": evaluate(*raw, data, clusters, seed, index, probe=False, restarts=5)[0]}
+    if untrained:
+        random = embed_both(untrained, data, statistics, device)
+        table["random network"] = evaluate(*random, data, clusters, seed, index)[0]
+    return table
 
 
 def print_scores(table, data):

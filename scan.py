@@ -20,31 +20,34 @@ cluster, while all clusters stay in use. Step 3 learns from the images that the 
     paper        in the code              shape       meaning
     Phi          backbone, head                       network; its head changes from step to step
     z            z1, z2                   B x 128     embeddings of step 1, of unit length
-    N_X          neighbours               N x (1+n)   the image itself first; n is --neighbours
+    N_X          neighbours               N x (1+J)   the image itself first; J is --neighbours
     C            clusters                             number of clusters, written K in all shapes
     Phi(X)       p, from anchor_logits    B x K       cluster probabilities of an image
     Phi(k)       q, from neighbour_logits B x K       cluster probabilities of one neighbour of it
     lambda       --entropy-weight                     5 for every data set
-                 H, --heads                           step 2 trains H heads and keeps the best one
+                 h                        B x D       features of the backbone, D = 8 * --width
+
+Step 2 can train several heads on one backbone (--heads); the best one is kept.
 
 Differences from the paper and its released code
     D1  The release keeps the epoch and head of the lowest loss on the test images, without their
         labels. Here the training images choose; --select test does as released.
     D2  The learning rate of step 1 falls to 0, step by step; there to a thousandth, epoch by epoch.
     D3  The strong augmentation has no random crop: without padding it crops nothing from an image
-        of the network's size. Its operations work on floats; there each rounds to 8 bits.
-    D4  Step 3 skips a batch without a confident image; the release stops with an error. It ends
-        when the confident share has not grown for --patience epochs (paper: on a plateau; release:
-        never). It is left out where it might lose clusters (--unsafe, section 7).
+        of the network's size. All operations but Equalize and Posterize work on floats; there each
+        rounds to 8 bits.
+    D4  Step 3 skips a batch without a confident image; there such a batch is an error. Step 3 runs
+        for all its epochs, as released; the paper stops on a plateau of the confident share. After
+        a step 2 that leaves a cluster empty or unsure, step 3 is left out (--unsafe).
     D5  With more clusters than classes, each cluster takes the class of most of its training
         images. In the release surplus clusters silently count as class 0.
     D6  With --pretext FILE neighbours are mined on the backbone's features, since the file holds no
-        projection. An image is always first among its neighbours; there a copy can displace it.
+        projection. An image is always its own first neighbour; there a copy can take that place.
     D7  Images are normalised with their own statistics. For CIFAR the released standard deviations
         are smaller, so our inputs are smaller. On a GPU networks run in bfloat16, there in float32.
         Images of a batch share eight orders of colour jitter; there each has its own.
     D8  On `shapes` and folders step 1 uses Adam; `shapes` has the symmetric loss, more grey views
-        and 166 neighbours (section 7). Settings without a released config are ours.
+        and 166 neighbours. Settings without a released config are ours.
     D9  The ImageNet protocol (--pretext MODEL: frozen backbone, heads alone) sees one centre crop
         of each image instead of fresh views, so features are computed once. They are scaled and
         the heads use Adam; there SGD at rate 5 acts on raw features. Step 3 is left out.
@@ -57,7 +60,8 @@ Differences from the paper and its released code
     python scan.py --dataset ~/photos --clusters 12 --pretext resnet50     # your own, in minutes
     python scan.py --assign RUN --dataset NEW --out OUT       # the clusters of that run for others
 
-ACC of the first, seed 3: k-means on step 1 .968, after step 2 1.000, after step 3 1.000 (section 7)
+ACC of the first, seed 3: k-means on step 1 .968, after step 2 1.000, after step 3 1.000. More is in
+section 7, at the end of this file.
 """
 import argparse
 import contextlib
@@ -80,10 +84,10 @@ from common import (NAMES, Damaged, Meter, Parser, Run, UserError, adjust_bright
                     adjust_contrast, adjust_saturation, autocast, baselines, batches, beside,
                     cluster_scores, clustering, color_jitter, cosine_lr, describe, embed,
                     embed_both, evaluate, fast_dtype, fetch, generator, grid, load_checked,
-                    load_dataset, normalise, number, one_line, pick_device, pixel_statistics,
-                    prepare, print_scores, random_grayscale, random_resized_crop,
-                    resnet18, run_script, save_atomically, save_clusters, save_picture,
-                    save_sheets, save_views, score, set_lr, subset, to_device, write_text)
+                    normalise, number, one_line, pick_device, pixel_statistics, prepare,
+                    print_scores, random_grayscale, random_resized_crop, read_data, resnet18,
+                    run_script, save_atomically, save_clusters, save_picture, save_sheets,
+                    save_views, score, set_lr, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step
@@ -124,19 +128,20 @@ def scan_loss(anchor_logits, neighbour_logits, entropy_weight):
 
 
 def self_label_loss(weak_logits, strong_logits, threshold):
-    """L = mean over clusters c present of mean over {i kept, y_i = c} of -log softmax(strong_i)_c
+    """L = mean over clusters c of mean over {confident i with y_i = c} of -log softmax(strong_i)_c
 
-    y_i = argmax softmax(weak_i); i is kept if that maximum > threshold. The same as cross-entropy
-    with weights inverse to the counts of the clusters among the kept. weak_logits, strong_logits:
-    (B, K); no gradient flows to the weak ones. -> (loss, number kept). Lower is better, >= 0; 0,
-    with a zero gradient, where nothing is kept."""
+    y_i = argmax softmax(weak_i); i is confident if that maximum > threshold. Only clusters with a
+    confident image count. The same as cross-entropy with weights inverse to the numbers of
+    confident images in the clusters. weak_logits, strong_logits: (B, K); no gradient flows to the
+    weak ones. -> (loss, number of confident images). Lower is better, >= 0; 0, with a zero
+    gradient, where no image is confident."""
     sure, label = weak_logits.detach().softmax(1).max(1)
-    kept = sure > threshold
-    member = F.one_hot(label, weak_logits.shape[1]) * kept[:, None]             # BxK
+    confident = sure > threshold
+    member = F.one_hot(label, weak_logits.shape[1]) * confident[:, None]        # BxK
     count = member.sum(0)
     each = F.cross_entropy(strong_logits, label, reduction="none")              # B
     per_cluster = (member * each[:, None]).sum(0) / count.clamp(min=1)          # K
-    return per_cluster.sum() / (count > 0).sum().clamp(min=1), kept.sum()
+    return per_cluster.sum() / (count > 0).sum().clamp(min=1), confident.sum()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,12 +161,12 @@ class Network(nn.Module):
 
 
 def projection(features, dim=128):
-    """Step 1: two layers with biases, no BatchNorm; dropped afterwards. (B, 8w) -> (B, 128)"""
+    """Step 1: two layers with biases, no BatchNorm; dropped afterwards. (B, D) -> (B, 128)"""
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
 
 
 def cluster_heads(features, heads, clusters):
-    """Steps 2 and 3: H linear heads in one product. (B, 8w) -> logits (B, H, K)"""
+    """Steps 2 and 3: linear heads in one product. (B, D) -> logits (B, heads, K)"""
     logits = nn.Linear(features, heads * clusters)
     return nn.Sequential(logits, nn.Unflatten(1, (heads, clusters)))
 
@@ -316,8 +321,8 @@ OPERATIONS = (                            # name, range of the magnitude m (unif
 
 
 def random_operations(x, rng, count=4):
-    """`count` operations in a row, each image its own, drawn with replacement. Images that drew the
-    same one are worked on together: the only loop is over operations."""
+    """`count` operations in a row, drawn with replacement for each image. Images that drew the same
+    operation are worked on together, so the loops are over operations and not over images."""
     n, x = len(x), x.clone()
     for _ in range(count):
         drawn, place = torch.randint(14, (n,), generator=rng), torch.rand(n, generator=rng)
@@ -364,14 +369,15 @@ def make_views(args, size, statistics):
 
 
 @torch.no_grad()
-def mine(z, k):
-    """The k nearest of each row of z (N, D), unit length, by exact inner product. -> (N, 1 + k),
-    the row itself first: step 2 draws from all, so at times an image is its own neighbour."""
+def mine(z, count):
+    """The nearest others of each row of z (N, D), unit length, by exact inner product.
+    -> (N, 1 + count) row numbers, the row itself first: step 2 draws one of them, so at times an
+    image is its own neighbour."""
     rows, found = torch.arange(len(z), device=z.device), []
     for some in rows.split(max(1, 2**26 // len(z))):
         similarity = z[some] @ z.t()
-        similarity[some - some[0], some] = -math.inf               # not itself; a twin may be
-        found.append(similarity.topk(k, 1).indices)
+        similarity[some - some[0], some] = -math.inf               # itself; a copy may be found
+        found.append(similarity.topk(count, 1).indices)
     return torch.cat([rows[:, None], torch.cat(found)], 1).cpu()
 
 
@@ -396,7 +402,7 @@ DEFAULTS = {
 IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}  # not files
 # Heads on a frozen backbone (D9), for any data set: ours, see section 7.
 FROZEN = dict.fromkeys((*NAMES, "folder"), dict(
-    heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
+    batch_size=None, heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
 
 
 def parse(argv=None):
@@ -433,13 +439,9 @@ def parse(argv=None):
         "that is empty or hardly sure of an image: stop before step 3, which may lose it, or go on")
     add("--weak-pass", choices=("eval", "train"), default="eval", help="BatchNorm of the pass that "
         "gives pseudo-labels; train: as released (D10)")
-    add("--self-label-views", choices=("strong", "simclr"), default="strong", help="simclr: an "
-        "ablation, which collapses in the paper")
     add("--self-label-epochs", type=number(int, 0), default=200, help="epochs of step 3; 0: none")
     add("--self-label-batch", type=number(int, 2), default=1000, help="B of step 3; at most all")
     add("--self-label-lr", type=number(float, 0, above=True), default=1e-4, help="of step 3")
-    add("--patience", type=number(int, 0), default=10, help="end step 3 when the confident share "
-        "has not grown by .001 in so many epochs; 0: never, as released (D4)")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--pretext", nargs="?")
     frozen = early.parse_known_args(argv)[0].pretext in MODELS
@@ -452,12 +454,12 @@ def parse(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Training. A checkpoint names the step that wrote it and holds all that this step was given by
-#    the steps before: the weights, Mined, Best, and `notes`, which are the entries of result.json
-#    found so far. So --resume needs no file of an earlier step, and none can be stale.
+# 5. Training. A checkpoint names the step that wrote it and holds all that the earlier steps gave
+#    to this one: the weights, Mined, Best, and `notes`, the entries of result.json found so far.
+#    So --resume needs no other file, and no old file can be taken by mistake.
 
 class Mined(NamedTuple):                  # from step 1 to step 2
-    train: torch.Tensor                   # (N, 1 + n) neighbours of the images of steps 2 and 3
+    train: torch.Tensor                   # (N, 1 + J) neighbours of the images of steps 2 and 3
     judge: torch.Tensor                   # (M, 6) those of the images that choose epoch and head
 
 
@@ -469,8 +471,8 @@ class Best(NamedTuple):                   # within step 2
 
 
 def enter(run, stage, net, optimizer, **given):
-    """Begin a step with a checkpoint of what it is given, or go on in it. -> given, or its state
-    when it was interrupted; net and optimizer are then loaded"""
+    """Begin a step, with a checkpoint of what it is given. -> given. Or continue an interrupted
+    one: then load net and optimizer. -> what the checkpoint holds in place of given"""
     if run.state.get("stage", "pretext") == stage:
         return run.restore(net=net, optimizer=optimizer) or given
     run.save(stage=stage, net=net, optimizer=optimizer, **given)
@@ -522,7 +524,8 @@ def choose_neighbours(args, n, clusters, most):
 
 def mine_neighbours(args, run, z, images, labels):
     """Once, before step 2. z: embeddings (N, D) of the images to learn from and, with --select
-    test, of the test images. labels: to be printed alone. -> Mined, {k: share of true ones}"""
+    test, of the test images. labels (N,) or None: only to print how many neighbours share a class.
+    -> Mined, {'top-5': that share among the nearest five, ...}"""
     neighbours = mine(F.normalize(z[0], dim=1), args.neighbours)
     shown = torch.linspace(0, len(images) - 1, min(12, len(images))).long()
     near, images = neighbours[shown, :6], images.cpu()             # a row each: image, five nearest
@@ -540,28 +543,29 @@ def mine_neighbours(args, run, z, images, labels):
     return Mined(neighbours.int(), judge.int()), shares
 
 
-# scan_loss of every head at once: logits (B, H, K), twice -> three terms, (H,) each
+# scan_loss of every head at once: logits (B, heads, K), twice -> three terms, (heads,) each
 each_head = torch.vmap(scan_loss, (1, 1, None))
 
 
 @torch.no_grad()
 def full_loss(logits, neighbours):
-    """Eq. (2) with lambda 1 over all pairs of a split, which chooses epoch and head (D1).
-    logits (N, H, K), neighbours (N, J) -> (3, H): total, consistency, entropy of each head"""
+    """What chooses epoch and head (D1): Eq. (2), with lambda 1 as released, over all images of a
+    split and each of their nearest neighbours. logits (M, heads, K), neighbours (M, 6) row numbers
+    -> (heads,)"""
     columns = neighbours.to(logits.device).t()
-    return torch.stack([torch.stack(each_head(logits, logits[c], 1.)) for c in columns]).mean(0)
+    return torch.stack([each_head(logits, logits[c], 1.)[0] for c in columns]).mean(0)
 
 
 def cluster(args, run, net, mined, notes, pairs, judge, labels):
     """Step 2, Eq. (2): neighbours share a cluster. pairs(index (N, 2), batch size, generator)
     yields batches (index, images, their neighbours) as net takes them. judge(net) gives the logits
-    (M, H, K) of the images that choose epoch and head; their labels (M,) are only printed.
-    -> the weights of the best epoch with its best head alone; notes"""
+    (M, heads, K) of the images that choose epoch and head. labels (M,) of these, or None: only to
+    print an accuracy. -> the weights of the best epoch with its best head alone; notes"""
     optimizer = torch.optim.Adam(net.parameters(), args.cluster_lr, fused=True,
                                  weight_decay=args.weight_decay)
-    kept = enter(run, "cluster", net, optimizer, mined=mined and [*mined], notes=notes,
-                 best=[math.inf, 0, 0, {}])
-    mined, notes, best = Mined(*kept["mined"]), kept["notes"], Best(*kept["best"])
+    state = enter(run, "cluster", net, optimizer, mined=mined and [*mined], notes=notes,
+                  best=[math.inf, 0, 0, {}])
+    mined, notes, best = Mined(*state["mined"]), state["notes"], Best(*state["best"])
     forward = torch.compile(net) if args.compile else net
     neighbours, device = mined.train.long(), next(net.parameters()).device
     n, batch = len(neighbours), min(args.cluster_batch, len(neighbours))
@@ -573,19 +577,18 @@ def cluster(args, run, net, mined, notes, pairs, judge, labels):
         index = torch.cat([neighbours[:, :1], neighbours.gather(1, drawn)], 1)             # Nx2
         for _, x1, x2 in pairs(index, batch, rng):
             with autocast(device):                                 # two passes: BatchNorm sees
-                p, q = forward(x1), forward(x2)                    # each alone;         BxHxK each
+                anchor, neighbour = forward(x1), forward(x2)       # each alone;     BxheadsxK each
             loss, consistency, entropy = (
-                term.sum() for term in each_head(p, q, args.entropy_weight))
+                term.sum() for term in each_head(anchor, neighbour, args.entropy_weight))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             meter.add(loss=loss, consistency=consistency, entropy=entropy)
-        logits = judge(net)                                                             # MxHxK
+        logits = judge(net)                                                         # MxheadsxK
         full = full_loss(logits, mined.judge.long()).cpu()
-        head = int(full[0].argmin())
+        head = int(full.argmin())
         sure, found = logits[:, head].softmax(1).max(1)
-        record = {"stage": "cluster", **meter.means(), "full_loss": full[0, head].item(),
-                  "full_consistency": full[1, head].item(), "full_entropy": full[2, head].item(),
+        record = {"stage": "cluster", **meter.means(), "full_loss": full[head].item(),
                   "confident": (sure > args.threshold).float().mean().item(),
                   "clusters": len(found.unique())}
         if labels is not None:
@@ -613,45 +616,37 @@ def complaint(found, clusters, threshold):
     return " and ".join(words)
 
 
-def plateau(log, patience):
-    """Has the confident share not grown by .001 over the last `patience` epochs of step 3?"""
-    shares = [record["confident"] for record in log if record["stage"] == "self-label"]
-    return 0 < patience < len(shares) and max(shares[-patience:]) < max(shares[:-patience]) + .001
-
-
 def self_label(args, run, net, notes, images, labels, views, device):
-    """Step 3, Sec. 2.3: what the network is sure of teaches it strong views. labels: to be printed
-    alone. -> notes"""
+    """Step 3, Sec. 2.3: what the network is sure of teaches it strong views. images (N, 3, H, W);
+    labels (N,) or None: only to print an accuracy. -> notes; net is changed in place"""
     optimizer = torch.optim.Adam(net.parameters(), args.self_label_lr, fused=True,
                                  weight_decay=args.weight_decay)
-    kept = enter(run, "self-label", net, optimizer, notes=notes,
-                 given=copy.deepcopy(net.state_dict()))
-    notes, given = kept["notes"], kept["given"]
+    state = enter(run, "self-label", net, optimizer, notes=notes,
+                  given=copy.deepcopy(net.state_dict()))
+    notes, given = state["notes"], state["given"]
     forward = torch.compile(net) if args.compile else net
     n, batch = len(images), min(args.self_label_batch, len(images))
     began = (0 if args.pretext else args.epochs) + args.cluster_epochs
     last = 0 if notes["left_out"] else args.self_label_epochs
 
     def pair(x, rng):
-        return views["none"](x, rng), views[args.self_label_views](x, rng)
+        return views["none"](x, rng), views["strong"](x, rng)
     for epoch in range(run.epoch - began, last):
-        if plateau(run.log, args.patience):
-            break
         meter = Meter(f"scan, self-label, epoch {epoch + 1}", n // batch)
         rng, skipped = generator(args.seed, epoch, "self-label"), 0
-        found = torch.full((n,), -1, device=device)
-        for part, weak, strong in batches(images, torch.arange(n), batch, pair, rng, device):
+        label = torch.full((n,), -1, device=device)                # of images in no batch: -1
+        for index, weak, strong in batches(images, torch.arange(n), batch, pair, rng, device):
             # In train mode BatchNorm would normalise plain images by their own statistics, but the
             # weights know those of strong views (D10).
             net.train(args.weak_pass == "train")
             with torch.no_grad(), autocast(device):
                 weak = forward(weak)[:, 0]                                              # BxK
             net.train()
-            found[part] = weak.argmax(1)
-            # A look before the strong pass: with nobody sure, not even BatchNorm may learn from
-            # it. This is the one wait for the device that a step has.
-            loss, kept = self_label_loss(weak, weak, args.threshold)
-            confident = kept.item()
+            label[index] = weak.argmax(1)
+            # Count before the strong pass: without a confident image not even BatchNorm may learn
+            # from this batch. This is the only place where a batch waits for the device.
+            loss, count = self_label_loss(weak, weak, args.threshold)
+            confident = count.item()
             if confident:
                 with autocast(device):
                     strong = forward(strong)[:, 0]                                      # BxK
@@ -660,12 +655,12 @@ def self_label(args, run, net, notes, images, labels, views, device):
                 loss.backward()
                 optimizer.step()
             skipped += confident == 0
-            meter.add(loss=loss, confident=kept / batch)
-        found, seen = found.cpu(), found.cpu() >= 0
+            meter.add(loss=loss, confident=count / batch)
+        label, seen = label.cpu(), label.cpu() >= 0
         record = {"stage": "self-label", **meter.means(), "skipped": skipped,
-                  "clusters": len(found[seen].unique())}
+                  "clusters": len(label[seen].unique())}
         if labels is not None:
-            record["acc"] = cluster_scores(labels[seen], found[seen])["acc"]
+            record["acc"] = cluster_scores(labels[seen], label[seen])["acc"]
         run.end_epoch(record, n // batch * batch, stage="self-label", net=net,
                       optimizer=optimizer, notes=notes, given=given)
     if last and not any(r["confident"] for r in run.log if r["stage"] == "self-label"):
@@ -685,8 +680,6 @@ def report(args, run, untrained, index, clusters, statistics, net, size, found, 
     data, table, names, scores = run.data, {}, [], notes.pop("scores")
     if data.classes:
         table = baselines(data, untrained, statistics, clusters, args.seed, index, device)
-        if args.pretext in MODELS:
-            table["mean colour"] = table.pop("random network")
         table.update(scores)
         print_scores(table, data)
         match = score(data, found, clusters)["classes"] + [-1] * clusters
@@ -710,10 +703,10 @@ def train(args):
     device, data, index, clusters = prepare(args, DEFAULTS)
     n, size = len(data.train.images), data.train.images.shape[-1]
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
-    # STL-10: steps 2 and 3 learn from the 5,000 images of its train split, step 1 from all.
-    part = index[data.train.labels[index] >= 0] if data.name == "stl10" else index
-    labels = data.train.labels[part] if data.classes else None
-    choose_neighbours(args, len(part), clusters, 200 if data.name == "shapes" else 20)          # D8
+    # later: the images of steps 2 and 3. On STL-10 the 5,000 of its train split; step 1 takes all.
+    later = index[data.train.labels[index] >= 0] if data.name == "stl10" else index
+    labels = data.train.labels[later] if data.classes else None
+    choose_neighbours(args, len(later), clusters, 200 if data.name == "shapes" else 20)  # D8
     epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
     run = Run(args, "scan", data, epochs)
     torch.manual_seed(args.seed)
@@ -728,19 +721,19 @@ def train(args):
         views = make_views(args, size, statistics)
         images = data.train.images if len(index) == n else data.train.images[index]
         images = to_device(images, device)
-        learn = images if len(part) == len(index) else to_device(data.train.images[part], device)
+        learn = images if len(later) == len(index) else to_device(data.train.images[later], device)
         stage, mined, notes = run.state.get("stage", "pretext"), None, None
-        print(f"scan on {data.name}: {len(part):,} images, {clusters} clusters, "
+        print(f"scan on {data.name}: {len(later):,} images, {clusters} clusters, "
               f"{describe(backbone, size)}; {device}, {fast_dtype(device)}; {run.folder}")
         # 3. Step 1, k-means on its features for comparison, and the neighbours.
         if stage == "pretext":
             if args.pretext:
-                net = Network(backbone, nn.Identity())
+                net = Network(backbone, nn.Identity())             # neighbours by features (D6)
             else:
                 net = pretext(args, run, backbone, images, views, device)
                 save_atomically(run.folder / "pretext.pt", backbone.state_dict())
             h = embed_both(backbone, data, statistics, device)
-            scores, _ = evaluate(*h, data, clusters, args.seed, part)
+            scores, _ = evaluate(*h, data, clusters, args.seed, later)
             seen = [learn, data.test.images][:1 + (args.select == "test")]
             z = [embed(net, x, statistics, device) for x in seen]
             mined, shares = mine_neighbours(args, run, z, learn, labels)
@@ -773,19 +766,19 @@ def train(args):
         found = clusters_of(net, data, statistics, device)
         if args.self_label_epochs and not notes["left_out"] and data.classes:
             notes["scores"]["+ self-label"] = score(data, found, clusters)
-        # 6. The report: labels are used from here on, and before it only to be printed.
-        raw, rng = fetch(data.train.images, part[:8], device), generator(0, 0, "picture")
+        # 6. The report. Labels are used from here on; before it they only print accuracies.
+        raw, rng = fetch(data.train.images, later[:8], device), generator(0, 0, "picture")
         fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
         save_views(run.folder / "views.png", raw, fed, statistics)
-        report(args, run, untrained, part, clusters, statistics, net, size, found, notes, device)
+        report(args, run, untrained, later, clusters, statistics, net, size, found, notes, device)
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. The ImageNet protocol (Sec. 3.5): a backbone that others trained. And images that come later.
 
-def read_frozen(args, device):
-    """-> frozen backbone, whether its weights have learned from labels, its pixel statistics and
-    image size, Dataset, its features of training and test images"""
+def load_frozen(args, device):
+    """The model of --pretext with its weights. -> the frozen backbone, whether its weights have
+    learned from labels, pixel statistics, image size, a name for the cache of its features"""
     weights = torchvision.models.get_model_weights(args.pretext).DEFAULT
     about = weights.transforms()                                   # the size, mean and std it wants
     size = args.image_size or about.crop_size[0]
@@ -800,47 +793,41 @@ def read_frozen(args, device):
     backbone, last, shape = frozen_backbone(args.pretext, size)
     classifier = load_weights(file, backbone[1], last).get(f"{last}.weight")
     supervised = classifier is not None and classifier.shape == shape
-    backbone.to(device)
-
-    def network(images):
-        return embed(backbone, images, statistics, device, batch_size=64).cpu()
     try:
-        network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        backbone(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--image-size {size}: {args.pretext} refuses it: {one_line(error)}"
                         ) from None
     key = f"{args.pretext}-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}"
-    own = None if args.dataset in IN_MEMORY else size              # the network resizes batches
-    data, features = read_with(network, key, args, own, args.fit)
-    return backbone, supervised, statistics, size, data, features
+    return backbone.to(device), supervised, statistics, size, key
 
 
-def read_with(network, key, args, size, fit, decoding=None):
-    """Read the data set and pass its images through a network that stays as it is: those of a
-    folder while they are read, so that only thumbnails and outputs are kept. size: None leaves sets
-    in memory at their own size. -> Dataset, outputs for training and test images"""
-    data = load_dataset(args.dataset, args.data_dir, size, classes=args.classes, fit=fit,
-                        unlabelled=args.unlabelled, labelled=args.labelled, out=args.out,
-                        decoding=decoding, network=(key, network))
-    return data, [network(s.images) if s.features is None else s.features
-                  for s in (data.train, data.test)]
+def passing(net, key, args, size, statistics, device):
+    """Options of read_data that pass a folder's images through net while they are read, so that
+    only thumbnails and outputs are kept. Sets in memory stay at their own size."""
+    def outputs(images):
+        return embed(net, images, statistics, device, batch_size=64).cpu()
+    in_memory = args.dataset in IN_MEMORY
+    return {"image_size": None if in_memory else size, "network": (key, outputs)}
+
+
+def outputs_of(data, network):
+    """-> outputs (N, ...) of the network for training and test images"""
+    return [network[1](s.images) if s.features is None else s.features
+            for s in (data.train, data.test)]
 
 
 def train_heads(args):
     """Step 2 with a frozen backbone that others trained (D9). Its features are computed once, while
     the images are read; only heads learn."""
     device = pick_device(args.device)
-    backbone, supervised, statistics, size, data, features = read_frozen(args, device)
-    index = subset(data.train.labels, len(data.train.images), args.train_size, args.seed)
-    if args.clusters is None and data.classes is None:
-        raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
-    clusters = args.clusters or len(data.classes)
-    if clusters > len(index):
-        raise UserError(f"--clusters {clusters}: there are only {len(index):,} training images")
+    backbone, supervised, statistics, size, key = load_frozen(args, device)
+    options = passing(backbone, key, args, size, statistics, device)
+    device, data, index, clusters = prepare(args, FROZEN, **options)
     labels = data.train.labels[index] if data.classes else None
     choose_neighbours(args, len(index), clusters, 50)
     with Run(args, "scan", data, args.cluster_epochs) as run:
-        h, test_h = (x.to(device) for x in features)                            # NxD, MxD
+        h, test_h = (x.to(device) for x in outputs_of(data, options["network"]))    # NxD, MxD
         learn, mined, notes = h[index.to(device)], None, None
         scale = backbone.append(Scale(h.shape[1]).to(device))[-1]
         scale.mean, scale.std = learn.mean(0), learn.std(0).clamp(min=1e-6)
@@ -858,8 +845,8 @@ def train_heads(args):
         def pairs(index, batch, rng):
             order = index[torch.randperm(len(index), generator=rng)]
             order = order.to(device, non_blocking=True)
-            for part in order.split(batch)[:len(order) // batch]:
-                yield part, x[part[:, 0]], x[part[:, 1]]
+            for rows in order.split(batch)[:len(order) // batch]:
+                yield rows, x[rows[:, 0]], x[rows[:, 1]]
         judges, truth = (x, labels) if args.select == "train" else (test_x, data.test.labels)
         torch.manual_seed(args.seed)
         heads = Network(nn.Identity(), cluster_heads(x.shape[1], args.heads, clusters)).to(device)
@@ -868,7 +855,7 @@ def train_heads(args):
         net = Network(backbone, cluster_heads(x.shape[1], 1, clusters)).to(device)
         net.load_state_dict({**net.state_dict(), **best})
         found = clustering(*(net.head(scale(v))[:, 0].detach().softmax(1) for v in (h, test_h)))
-        # The report. Labels are used from here on, and before it only to be printed.
+        # The report. Labels are used from here on; before it they only print accuracies.
         if data.classes:
             notes["scores"]["SCAN heads"] = score(data, found, clusters)
         same = cluster_scores(by_kmeans.train, found.train)["ari"]
@@ -876,9 +863,7 @@ def train_heads(args):
               f"Step 3 is left out: it would train the whole network.\nThe weights came " + (
                   "with a classifier, so they learned from labels: this is not unsupervised."
                   if supervised else "without a classifier: they count as learned without labels."))
-        # The second baseline, in place of an untrained network: the mean colour of an image.
-        colour = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        report(args, run, colour, index, clusters, statistics, net, size, found, notes, device)
+        report(args, run, None, index, clusters, statistics, net, size, found, notes, device)
 
 
 def assign(args):
@@ -891,15 +876,13 @@ def assign(args):
         statistics, decoding, names = model["statistics"], model["decoding"], model["map"]
     except (OSError, Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--assign {one_line(args.assign)}: {one_line(error)}") from None
-    net.to(device)
-
-    def network(images):
-        return embed(net, images, statistics, device, batch_size=64)[:, 0].softmax(1).cpu()
     key = f"assign-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     name, size, *_, clusters = model["build"]
-    own = None if name in MODELS and args.dataset in IN_MEMORY else size
-    data, p = read_with(network, key, args, own, decoding.get("fit", "crop"), decoding)
-    found = clustering(*p)
+    options = passing(net.to(device), key, args, size, statistics, device)
+    if name not in MODELS:                                         # a network for one size alone
+        options["image_size"] = size
+    data = read_data(args, fit=decoding.get("fit", "crop"), decoding=decoding, **options)
+    found = clustering(*(x[:, 0].softmax(1) for x in outputs_of(data, options["network"])))
     with Run(args, "assign", data) as run:
         save_clusters(run.folder, data, found, clusters)
         if data.classes:                                           # save_clusters made no sheets
@@ -943,5 +926,4 @@ if __name__ == "__main__":
 # run differ by .05, so these differences say little. Standardising does matter: without it 7 of 12
 # clusters of photographs were empty after 5 epochs; with it ACC is 1.000 after 2.
 # The released clamp of the SCAN loss (D11) gave the same ACC on three seeds: no pair came near it.
-# Not run with this version: --weak-pass train, --self-label-views simclr, 20 neighbours on shapes,
-# CIFAR-10 from scratch, the paper's lengths, ImageNet, a GPU.
+# Not run with this version: 20 neighbours on shapes, the paper's lengths, ImageNet, a GPU.

@@ -47,8 +47,7 @@ PASSES = {"identitize": ((2,), ()), "scl": ((2,), ()), "mask_mix": ((2,), (2,)),
           "scan pretext": ((2,), ()), "scan cluster": ((1, 1), (1,)),
           "scan self-label": ((1,), (1,))}
 FLAGS = {"scl": "--warmup 0",             # clusters in every epoch
-         "scan": "--cluster-epochs {0} --self-label-epochs {0} --threshold 0 --unsafe go "
-                 "--patience 0"}
+         "scan": "--cluster-epochs {0} --self-label-epochs {0} --threshold 0 --unsafe go"}
 SHARE = {"scan cluster": .2, "scan self-label": .2}                # of the epochs of step 1
 
 

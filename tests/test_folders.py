@@ -85,7 +85,8 @@ LAYOUTS = """
   =5                                                        | 5        |       | no labels
   train/* test/cat=1 test/dog=2                             | *        | cat=1 dog=2
   train=4 val=2                                             | 4        | 2     | no labels
-  cat/at/night=2 cat=1 dog/train=1 dog/test=1               | cat=3 dog=2
+  cat/at/night=2 cat=1 dog/train=1 dog/test=1               | cat=3 dog=2 |  | class&test&train
+  cat/Train=1 cat/val=1 dog/Train=2 dog/val=1               | *        |       | splits&Train&val
   * cat/a.txt b.pdf                                         | *        |       | not images&2
   * cat/more.png=1 dog/none.jpg=0                           | cat=3 dog=3
 
@@ -508,11 +509,12 @@ def test_a_second_run_inside_the_photos_sees_the_same_photos(finished, monkeypat
     (".", "kept", None), ("pets-results", "kept", None), (None, "pets", None)])
 @pytest.mark.parametrize("unlabelled", [False, True])
 def test_out_and_data_dir_below_the_data_set_are_no_data(out, data_dir, place, unlabelled, tmp_path,
-                                                        monkeypatch):
+                                                        monkeypatch, capsys):
     own = {f"pets/{place}": 2} if place else {}
     monkeypatch.chdir(make(tmp_path, {**tree("pets/* link>pets"), **own}))
     data = load_dataset("pets", data_dir, out=out, unlabelled=unlabelled)
     assert count(data.train, data.classes) == (5 if unlabelled else tree("*"))
+    assert ("left out, --out or --data-dir: " in capsys.readouterr().out) == bool(own)
 
 
 # ------------------------------------------------------------------------------------------------
