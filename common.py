@@ -1,5 +1,4 @@
-"""What the four scripts share: what is standard and what they use identically. If a paper has a
-sentence about it, it stands in the script of that paper.
+"""What the four scripts share. Whatever a paper describes stands in the script of that paper.
 
      1. Failing well      one clear line instead of a traceback; the flags that all scripts share
      2. Randomness        one generator for each (seed, epoch, purpose); the device
@@ -75,29 +74,29 @@ def run_script(train, args):
     before = {}
     for name in ("SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):      # Windows; not the main thread
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # of nohup
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # nohup
                 before[name] = signal.signal(getattr(signal, name), stop)
-    with contextlib.suppress(AttributeError):                      # no stream, or of a notebook
-        for stream in (sys.stdout, sys.stderr):                    # of a narrow encoding
-            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):                      # a notebook's streams lack it
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")          # letters the terminal lacks
     try:
         return train(copy.copy(args))
     except BaseException as error:
         code, line = 1, str(error)
         if isinstance(error, UserError):
             code = error.code
-        elif isinstance(error, KeyboardInterrupt):                 # of Ctrl-C, without a number
+        elif isinstance(error, KeyboardInterrupt):                 # Ctrl-C gives no number: 2
             code, line = 128 + (error.args or (2,))[0], "interrupted"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-                "can't allocate memory" in line:                   # a CPU has no class for it
+                "can't allocate memory" in line:                   # on a CPU a RuntimeError
             line = "out of memory: lower --batch-size, --width or --image-size"
         elif isinstance(error, OSError):                           # a full disk
             line = f"the machine refused a file: {one_line(error)}"
-            if isinstance(error, BrokenPipeError):                 # a reader that left
+            if isinstance(error, BrokenPipeError):                 # "| head" has ended
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             raise
-        line += getattr(error, "resume", "")                       # a Run says where it stands
+        line += getattr(error, "resume", "")                       # set by a Run: how to go on
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
@@ -118,12 +117,12 @@ class Parser(argparse.ArgumentParser):
         add("--clusters", type=number(int, 2), help="how many; else as many as classes")
         add("--epochs", type=number(int, 1), default=epochs, help="passes over the images")
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
-        add("--resume", action="store_true", help="continue that run")
+        add("--resume", action="store_true", help="continue the run in that folder")
         add = self.add_argument_group("where and on what").add_argument
-        add("--data-dir", default="data", help="of downloads, decoded folders and ImageNet")
+        add("--data-dir", default="data", help="for downloads and decoded images; has ImageNet")
         add("--classes", metavar="FILE", help="names the class folders to keep")
         add("--unlabelled", action="store_true", help="ignore the names of folders")
-        add("--labelled", action="store_true", help="only images in class folders")
+        add("--labelled", action="store_true", help="no images that lie beside class folders")
         add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
         add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
         add("--train-size", type=number(int, 2), help="learn from so many, balanced")
@@ -136,9 +135,9 @@ class Parser(argparse.ArgumentParser):
         self.method = self.add_argument_group("the method").add_argument
 
     def parse(self, argv, defaults):
-        """The arguments. defaults: {dataset: {flag: value}}, where they differ from the flags' own;
-        'folder' stands for any path."""
-        name = self.parse_args(argv).dataset
+        """The arguments. defaults: {dataset: {flag: value}}, those that differ from the flags' own
+        defaults; 'folder' stands for any path."""
+        name = self.parse_args(argv).dataset                       # first of all the dataset
         self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
         args = self.parse_args(argv)
         for flag, value in vars(args).items():
@@ -161,7 +160,7 @@ def number(kind, low, high=2**31, above=False):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan                                       # fails every comparison
         if low < value <= high or (value == low and not above):
             return value
         limit = f"more than {low}" if above else f"at least {low}"
@@ -243,7 +242,7 @@ class Dataset(NamedTuple):
     test: Split                           # the train split itself where there is no other
     classes: Optional[list]               # C names; None: unlabelled
     fingerprint: str                      # a hash of the training pixels
-    decoding: dict = {}                   # of files: size, fit, scale of greys, ground
+    decoding: dict = {}                   # how files were read: the arguments of decode()
 
     @property
     def has_test(self):
@@ -264,7 +263,7 @@ SUBSETS = {                               # of ImageNet, in the clustering liter
 def load_dataset(name, data_dir="data", image_size=None, **options):
     """A dataset by name, or a folder of images by path. -> Dataset, on the CPU
 
-    data_dir: of downloads and decoded folders; for imagenet10 and imagenet-dogs ImageNet itself.
+    data_dir: for downloads and decoded images; for imagenet10 and imagenet-dogs ImageNet itself.
     image_size: side in pixels; None: the dataset's own. options: of folders, see _folder. Raises
     UserError for an unknown name, an unusable folder, a failed download."""
     data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
@@ -323,8 +322,8 @@ def _shapes(size, train=5000, test=2000):
         rows = labels == kind
         distance[rows] = outline(x[rows], y[rows])
     cover = np.clip(.5 - distance * radius * size, 0, 1)[:, None]  # antialiased over one pixel
-    # Colours are independent; only the brightness is ordered, the shape above its background.
-    # With either order the clusters found are those of (shape, order).
+    # Colours are independent, but a shape is brighter than its background, by .25 or more. If some
+    # shapes were darker, the clusters found would be pairs (shape, darker or brighter).
     back, fore = uniform(0, .6, (n, 3, 1, 1)), uniform(.3, 1, (n, 3, 1, 1))
     fore += np.clip(.25 - (fore.mean(1) - back.mean(1)), 0, None)[:, None]
     slope = uniform(-.05, .05, (2, n, 3, 1, 1))
@@ -351,7 +350,7 @@ def _heart(x, y):
     return np.minimum(lobes, np.maximum(.74 * np.abs(x) + .67 * y - .6, -y - .3))
 
 
-# About the distance to the outline of a shape of radius 1, negative inside; y points down.
+# The approximate distance to the outline of a shape of radius 1, negative inside; y points down.
 OUTLINES = {
     "disc": lambda x, y: np.hypot(x, y) - .9,
     "square": lambda x, y: _box(x, y, .75, .75),
@@ -399,7 +398,7 @@ def _torchvision(name, data_dir, image_size):
         elif name == "fashion-mnist":                              # grey 28 px, padded to 32
             x = F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
         if name == "cifar20":                                      # the superclasses of CIFAR-100
-            folder = Path(part.root, part.base_folder)             # files that torchvision verified
+            folder = Path(part.root, part.base_folder)             # torchvision checked the files
             y = pickle.loads((folder / file).read_bytes(), encoding="latin1")["coarse_labels"]
             classes = pickle.loads((folder / "meta").read_bytes())["coarse_label_names"]
         arrays += [_resized(x, image_size), y]
@@ -415,7 +414,7 @@ def _resized(images, size):
 
 
 def read_data(args, **options):
-    """load_dataset with the flags of the user; options: what to load it with instead"""
+    """load_dataset with the user's flags; options replace flags or add to them. -> Dataset"""
     options = {"image_size": args.image_size, "classes": args.classes, "fit": args.fit,
                "unlabelled": args.unlabelled, "labelled": args.labelled, "out": args.out, **options}
     return load_dataset(args.dataset, args.data_dir, **options)
@@ -433,9 +432,10 @@ def prepare(args, defaults, **options):
               v is not None]
     if chosen:
         print(f"settings for {data.name}: {' '.join(chosen)}")
-    if args.stem_stride == 2 and data.train.images.shape[-1] <= 8:     # the last stride would act
+    # At 8 px the last stride would act on 1 x 1 positions, where torch's kernel for CPUs fails.
+    if args.stem_stride == 2 and data.train.images.shape[-1] <= 8:
         raise UserError("--stem-stride 2 needs more than 8 px: give --stem-stride 1 or a larger "
-                        "--image-size")                            # on 1 x 1: torch's kernel fails
+                        "--image-size")
     index = subset(data.train.labels, len(data.train.images), args.train_size, args.seed)
     if args.clusters is None and data.classes is None:
         raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
@@ -456,7 +456,8 @@ def subset(labels, n, size, seed):
     if labels is None or (labels < 0).any():
         labels = torch.zeros(n, dtype=torch.int64)                 # as if all were of one class
     order, classes = torch.randperm(n, generator=generator(seed, 0, "subset")), labels.max() + 1
-    parts = [order[labels[order] == c][:(size - c - 1) // classes + 1] for c in range(classes)]
+    share = [size // classes + (c < size % classes) for c in range(classes)]
+    parts = [order[labels[order] == c][:share[c]] for c in range(classes)]
     index = torch.cat(parts).sort().values
     if len(index) < size:
         raise UserError(f"--train-size {size}: one class has only {min(map(len, parts)):,} images")
@@ -494,7 +495,7 @@ def pixel_statistics(images):
 #      hidden and system files, folders that hold a run, --out and --data-dir are never data;
 #      a folder in which only one folder holds images is read from that folder;
 #      train, test and val are splits where no other folder lies beside them, otherwise classes;
-#      test is used, else val, if it has class folders just as the training images have;
+#      test is used, else val; if the training images have class folders, it must have them, too;
 #      a single class means no labels.
 #    What was understood and what is left out is printed at every start.
 
@@ -508,14 +509,14 @@ MAX_PIXELS = 100_000_000                  # a larger picture is refused: it may 
 
 def find_files(root, skip):
     """All image files below root, each as a tuple of names below root, sorted. skip: folders that
-    are not data. Links are followed after all real folders, which keep their images."""
+    are not data. Links are followed last: an image found twice is named by its real folder."""
     skip = {os.path.realpath(path) for path in skip}
     files, others, seen, folders, links = [], 0, {*skip}, [((), root)], []
     while folders or links:
         parts, place = (folders or links).pop()
         real = os.path.realpath(place)
         if real in seen or Path(real) in Path(root).parents:
-            why = "--out or --data-dir" if real in skip else "is read already"
+            why = "--out or --data-dir" if real in skip else "read already, or above the data set"
             print(f"  left out, {why}: {one_line(place)}")
             continue
         seen.add(real)
@@ -533,7 +534,7 @@ def find_files(root, skip):
                 continue
             if os.path.isdir(entry.path):
                 (links if entry.is_symlink() else folders).append((inner, entry.path))
-            elif Path(entry.name).suffix.lower() in ENDINGS and (       # a pipe would block
+            elif Path(entry.name).suffix.lower() in ENDINGS and (  # not a pipe, which would block
                     os.path.isfile(entry.path) or not os.path.exists(entry.path)):
                 files.append(inner)
             else:
@@ -544,8 +545,8 @@ def find_files(root, skip):
 
 
 def shared_depth(files, depth=0, known=()):
-    """How many folders lie around all the files: nothing else holds images, so they are passed.
-    depth: where to begin; known: folders that are not passed."""
+    """How many folders to step into first, since they hold all the files. depth: where to begin;
+    known: folders that are never stepped into."""
     while len(files[0]) > depth + 1 and files[0][depth] not in known and \
             len({f[depth:depth + 1] for f in files}) == 1:
         depth += 1
@@ -556,14 +557,15 @@ def class_of(files, depth, labelled, known):
     """{file: the name of its class folder, or None where there are no classes}"""
     depth = shared_depth(files, depth, known)
     inside = [f for f in files if len(f) > depth + 1]
-    beside = len(files) - len(inside)
-    if inside and beside and labelled:
-        print(f"  left out, beside the class folders: {beside:,} images")
+    loose = len(files) - len(inside)
+    if inside and loose and labelled:
+        print(f"  left out, beside the class folders: {loose:,} images")
         files = inside
-    elif inside and beside:
+    elif inside and loose:
         print("  images lie beside folders: all are taken, without labels (--labelled: only those "
               "in the folders, which are the classes)")
-    return {f: f[depth] if len(files) == len(inside) else None for f in files}
+    classes = len(files) == len(inside)
+    return {f: f[depth] if classes else None for f in files}
 
 
 def layout(root, every, files, labelled, known):
@@ -579,12 +581,12 @@ def layout(root, every, files, labelled, known):
     groups = {"train": files}
     if named and named == tops:
         groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
-        beside = len(files) - sum(len(group) for group in groups.values())
+        loose = len(files) - sum(len(group) for group in groups.values())
         if "train" not in groups or len(groups) < len(tops):
             raise UserError(f"{one_line(root)} has the folders {', '.join(tops)}: name exactly one "
                             f"of them train, and no two the same")
-        if beside:
-            print(f"  left out, beside {' and '.join(tops)}: {beside:,} images")
+        if loose:
+            print(f"  left out, beside {' and '.join(tops)}: {loose:,} images")
         depth += 1
     elif named:
         print(f"  taken as classes, not as splits, since other folders lie there too: "
@@ -602,7 +604,7 @@ def layout(root, every, files, labelled, known):
     for role in [role for role in ("test", "val") if role in groups]:
         inner = class_of(groups[role], depth, labelled, names)
         where, has = groups[role][0][depth - 1], set(inner.values()) != {None}
-        if chosen or (has != bool(names) and names):
+        if chosen or (names and not has):
             why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
             print(f"  left out, {where}: {len(groups[role]):,} images: {why}")
             continue
@@ -617,14 +619,16 @@ def layout(root, every, files, labelled, known):
 
 
 def only_classes(files, lines, source):
-    """The files in the folders that lines name, and these names. A line may go on after a name."""
+    """The files in the folders that lines name, and these names. In a line all that follows a name
+    is ignored."""
     folders = {part for f in files for part in f[:-1]}
     lines = [line.strip() for line in lines if line.strip()]
     names = {line if line in folders else line.split()[0] for line in lines}
     missing = ", ".join(one_line(name) for name in sorted(names - folders))
-    if missing or not names:
-        raise UserError(f"{one_line(source)} names {missing or 'no class'}, of which there are no "
-                        f"images")
+    if not names:
+        raise UserError(f"{one_line(source)} names no class")
+    if missing:
+        raise UserError(f"{one_line(source)} names {missing}, of which there are no images")
     return [f for f in files if names & set(f[:-1])], names
 
 
@@ -643,22 +647,26 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     print(f"reading {one_line(root)}")
     skip = [p for p in (out, data_dir) if p and root in Path(os.path.realpath(p)).parents]
     files = find_files(root, skip)
+    source, lines = classes, []
     try:
         if classes:
             only = Path(classes).read_text(encoding="utf-8-sig").split("\n")
-        notes = root / "val/val_annotations.txt" if name else None # image <tab> class <tab> box
-        lines = notes.read_text().split("\n") if notes and notes.is_file() else []
+        source = root / "val/val_annotations.txt"                  # image <tab> class <tab> box
+        if name and source.is_file():
+            lines = source.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{classes or notes} cannot be read: {one_line(error)}") from None
+        raise UserError(f"{source} cannot be read: {one_line(error)}") from None
+    # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes.
+    moved = {("val", "images", row[0]): ("val", row[1], row[0])
+             for row in (line.split("\t") for line in lines) if len(row) > 1}
     if only:
-        files, known = only_classes(files, only, classes or name)
+        file_of = {moved.get(f, f): f for f in files}
+        wanted, known = only_classes(sorted(file_of), only, classes or name)
+        files = [file_of[f] for f in wanted]
     if not files:
         raise UserError(f"{one_line(root)}: no images there (endings: {' '.join(sorted(ENDINGS))})")
     name = name or "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name) or "folder"
     kept = read_files(name, root, files, data_dir, size, **options)
-    # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes.
-    moved = {("val", "images", row[0]): ("val", row[1], row[0])
-             for row in (line.split("\t") for line in lines) if len(row) > 1}
     every = [moved.get(f, f) for f in files]
     good = [every[i] for i in kept["good"]]
     if not good:
@@ -795,10 +803,12 @@ def decode_all(name, paths, size, fit, decoding, network):
     images, features, good, bad = [], [], [], []
     with ThreadPoolExecutor() as pool:
         seen = [s for s in pool.map(look, paths) if s] or [(32, 32, [], [])]
-        if size is None:           # their own where it is small and the same for all, else by the
-            width, height = seen[0][:2]                                          # median
+        # Their own size where it is small and the same for all, else one that fits the median.
+        if size is None:
+            width, height = seen[0][:2]
             same = width == height and {s[:2] for s in seen} == {(width, height)}
-            fits = [s for s in (32, 64, 96) if s <= np.median([min(s[:2]) for s in seen])]
+            median = np.median([min(s[:2]) for s in seen])
+            fits = [side for side in (32, 64, 96) if side <= median]
             size = width if same and 8 <= width <= 64 else max(fits, default=32)
         cut = np.median([1 - min(s[:2]) / max(s[:2]) for s in seen])
         if fit == "crop" and cut >= .2:
@@ -844,9 +854,10 @@ def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
     area = height * width * torch.empty(10, n).uniform_(*scale, generator=rng)
     aspect = torch.empty(10, n).uniform_(*map(math.log, ratio), generator=rng).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)        # like torchvision: ten tries,
+    # Like torchvision: the first of ten tries that fits, else the whole image.
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
     first = fits.int().argmax(0, keepdim=True)
-    w = torch.where(fits.any(0), w.gather(0, first)[0], width)     # then the whole image
+    w = torch.where(fits.any(0), w.gather(0, first)[0], width)
     h = torch.where(fits.any(0), h.gather(0, first)[0], height)
     left = (torch.rand(n, generator=rng) * (width - w + 1)).floor()
     top = (torch.rand(n, generator=rng) * (height - h + 1)).floor()
@@ -894,7 +905,7 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, shift):
     """Turn the hue by shift (B, 1, 1, 1), in whole turns (-.5 to .5), through HSV."""
     r, g, b = x.split(1, 1)
-    low, high = (f(f(r, g), b) for f in (torch.minimum, torch.maximum))
+    low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
     chroma = high - low
     # A choice by the brightest channel, as lerp by 0 or 1: on a CPU far faster than where.
     hue = torch.lerp(b - r + 2 * chroma, r - g + 4 * chroma, (high - g).sign())
@@ -948,9 +959,9 @@ def normalise(x, statistics):
 def resnet18(image_size, width=64, stem_stride=1):
     """torchvision's ResNet-18 without its classifier. (B, 3, H, W) -> (B, 8 * width) features
 
-    width: channels of the first stage. At 64 the state_dict loads into torchvision's resnet18 (up
-    to 128 px: not the stem). stem_stride 2 halves the image: about 3x faster. ImageNet's 7x7 stem
-    would leave an image of 32 px one position at the end: that costs many points, silently."""
+    width: channels of the first stage. At 64 the state_dict loads into torchvision's resnet18 (for
+    images up to 128 px without the stem). stem_stride 2 halves the image: about 3x faster. With
+    ImageNet's 7x7 stem one position would be left of an image of 32 px: that costs many points."""
     net = torchvision.models.resnet18()
     if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
@@ -959,7 +970,7 @@ def resnet18(image_size, width=64, stem_stride=1):
         net.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     net.inplanes, net.bn1, net.fc = width, nn.BatchNorm2d(width), nn.Identity()
     for i in range(4):
-        stage = net._make_layer(BasicBlock, width * 2**i, 2, stride=min(2, i + 1))
+        stage = net._make_layer(BasicBlock, width * 2**i, 2, stride=2 if i else 1)
         setattr(net, f"layer{i + 1}", stage)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -978,8 +989,8 @@ def describe(net, image_size):
 # 7. Training
 
 def cosine_lr(step, steps, warmup=0):
-    """Factor of the learning rate at a step: linear from 0 over `warmup` steps, then half a cosine
-    from 1 to 0 at `steps`."""
+    """Factor of the learning rate at a step: rising linearly to 1 over `warmup` steps, then half a
+    cosine from 1 to 0 at `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     return .5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -993,12 +1004,13 @@ def set_lr(optimizer, lr):
 
 def batches(images, index, batch_size, views, rng, device):
     """One epoch: shuffle, then yield (batch of index, view, ...), whole batches only.
-    views(x, rng) makes a tuple of views of raw images x in [0, 1]: of several hundred at once on a
-    CPU, which fit its cache, of several thousand on a GPU, where a view costs kernel launches."""
+    views(x, rng) makes a tuple of views of raw images x in [0, 1], for several batches at once:
+    hundreds of images on a CPU (they fit its cache), thousands on a GPU (few launches)."""
     order = index[torch.randperm(len(index), generator=rng)]
     order = order[:len(order) // batch_size * batch_size]
+    # Fewer of larger images.
     limit = (4096 if device.type == "cuda" else 512) * 32**2 // max(32, images.shape[-1])**2
-    chunk = max(1, limit // batch_size) * batch_size               # fewer of larger images
+    chunk = max(1, limit // batch_size) * batch_size
     for part in order.split(chunk):
         made = views(fetch(images, part, device), rng)
         part = part.to(device, non_blocking=True)
@@ -1025,7 +1037,8 @@ class Meter:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluation, the same for all four. Labels are used here and nowhere else.
+# 8. Evaluation, the same for all four. Labels choose no weight. They are used here, and by
+#    --train-size, to take equally many images of each class.
 
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
@@ -1043,7 +1056,8 @@ def embed(network, images, statistics, device, batch_size=512):
 def embed_both(network, data, statistics, device):
     """embed for the training and the test images; without a test split twice the same tensor"""
     train = embed(network, data.train.images, statistics, device)
-    return train, embed(network, data.test.images, statistics, device) if data.has_test else train
+    test = embed(network, data.test.images, statistics, device) if data.has_test else train
+    return train, test
 
 
 def contingency(labels, assignments, classes=0, clusters=0):
@@ -1114,6 +1128,7 @@ def kmeans(features, k, seed, restarts=20, iterations=300):
     n, best = len(x), (math.inf, None, None)
     if k > n:
         raise UserError(f"{k} clusters of {n} images: there are more clusters than images")
+    # k uniform numbers choose the k starts.
     for first, *others in torch.rand(restarts, k, generator=generator(seed, 0, "kmeans")).tolist():
         centre = x[int(first * n)][None]
         nearest = (2 - 2 * x @ centre[0]).clamp_(min=0)            # squared, of unit vectors
@@ -1167,8 +1182,9 @@ def knn_accuracy(bank, bank_labels, queries, labels, k_neighbours=200, tau=.1, l
 
 def knn_gauge(backbone, data, index, statistics, device, epoch, args):
     """{'knn': accuracy} in ten epochs of a run, else {}: 1,000 training images by 5,000 others, the
-    same ones each time. Never the test images. {} without labels, too. No weight is changed."""
-    if data.classes is None or (epoch + 1) * 10 // args.epochs == epoch * 10 // args.epochs:
+    same ones each time. Never the test images. {} also without labels. No weight is changed."""
+    tenth = (epoch + 1) * 10 // args.epochs > epoch * 10 // args.epochs
+    if data.classes is None or not tenth:
         return {}
     index = index[data.train.labels[index] >= 0]
     index = index[torch.randperm(len(index), generator=generator(args.seed, 0, "knn"))[:6000]]
@@ -1268,7 +1284,7 @@ def protocol(table, data):
     rules = " or ".join(sorted({s.get("kmeans", s)["rule"] for s in table.values()}))
     k = max(scores.get("k_neighbours", 0) for scores in table.values())
     where = f"scored on {len(data.test.images):,} test images" if data.has_test else \
-        f"fitted and scored on the same {len(data.train.images):,} images (kNN: by the others)"
+        f"fitted and scored on the same {len(data.train.images):,} images (kNN: by all others)"
     return f"learned from train, {where}; ACC by {rules}; kNN with {k} neighbours; last epoch"
 
 
@@ -1300,8 +1316,8 @@ def save_atomically(path, state):
     with replacing(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:                              # of a full disk torch's writer
-            raise error.__context__ or error                       # tells only what followed
+        except RuntimeError as error:      # after a full disk; the OSError itself is its context
+            raise error.__context__ or error
 
 
 def load_checked(path, older=False):
@@ -1396,7 +1412,7 @@ class Run:
             raise UserError(f"{self.name}: no good checkpoint is left; choose another folder with "
                             f"--out")
         theirs, mine = saved["settings"], self.settings
-        if theirs.get("images") == mine["images"]:                 # its name may be spelt otherwise
+        if theirs.get("images") == mine["images"]:                 # their path may differ
             theirs["dataset"] = mine.get("dataset")
         for key in sorted({*mine, *theirs}):
             if theirs.get(key) != mine.get(key):
@@ -1411,7 +1427,8 @@ class Run:
 
     def drop(self, error):
         bad = one_line(self.usable.pop(0))
-        print(f"WARNING: {bad} is not good: {one_line(error)}", file=sys.stderr)
+        print(f"WARNING: {bad} is not good: {one_line(error).removeprefix(f'{bad}: ')}",
+              file=sys.stderr)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1466,12 +1483,13 @@ class Run:
                             f"the checkpoint after epoch {self.saved} is kept")
         seconds, group = time.time() - self.ended, state["optimizer"].param_groups[0]
         self.epoch, self.seconds = self.epoch + 1, self.seconds + seconds
-        self.log.append({"epoch": self.epoch, **record, "lr": group["lr"] / group.get("factor", 1),
+        lr = group["lr"] / group.get("factor", 1)                  # without the factor of set_lr
+        self.log.append({"epoch": self.epoch, **record, "lr": lr,
                          "images_per_second": images / seconds, "seconds": seconds})
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(self.log[-1]) + "\n")
-        values = "  ".join(f"{k.replace('_', ' ')} {f'{v:.3g}' if isinstance(v, float) else v}"
-                           for k, v in record.items())
+        shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in record.items()}
+        values = "  ".join(f"{k.replace('_', ' ')} {v}" for k, v in shown.items())
         left = duration(seconds * (self.epochs - self.epoch))
         print(f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  {values}  "
               f"{images / seconds:,.0f} images/s  {left} left", flush=True)

@@ -349,8 +349,8 @@ def train(args):
                 matrices[str(epoch + 1)] = matrix_now(net, images, index, views, args, device)
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
                           matrices=matrices)
-            # Of two or three clusters one may well hold half. Equal scores: P is 1/K everywhere.
-            if record["largest"] > max(.5, 2 / k) or record["confidence"] < 1.1 / k:
+            # Of two clusters one may well hold 90 %. Equal scores: P is 1/K everywhere.
+            if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
         # 5. The report. Labels are used from here on and never before, except for the gauge knn.

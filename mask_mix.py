@@ -9,14 +9,14 @@ Someone with the paper at hand should be able to correct one function and keep t
 
 The idea. BYOL pushes no images apart: from one view of an image an online network predicts what a
 slowly moving target network says about another view. Two additions make these positives (pairs that
-have to agree) harder. Masking: the online network sees some views with a random part of their cells
+have to agree) harder. Masking: the online network sees some views with random cells of a grid
 erased, and still has to predict the target of the complete other view. Mixing: the features of two
-images are mixed, and the prediction of this virtual sample has to lie between both targets.
+images are mixed, and the prediction of this virtual sample has to lie between their targets.
 
-             v1, or masked: u1 -> f -> h1 -------------------> g -> q -> p  meets t2             L_g
-           /                            \ mixed, h1 of pi -> g -> q -> p  meets t2, t2 of pi  L_f
+             x1, masked or not: u1 -> f -> h1 -----------------> g -> q -> p  meets t2           L_g
+           /                                \ mixed, h1[pi] -> g -> q -> p  meets t2, t2[pi]  L_f
     image <
-           \ v2 -> f' -> g' -> t2, no gradient                        and all with 1 <-> 2
+           \ x2 -> f' -> g' -> t2, no gradient                         and all with 1 <-> 2
 
     what the abstract says                            what stands here
     meaningful representations without negatives      BYOL: predictor, moving target
@@ -29,21 +29,21 @@ images are mixed, and the prediction of this virtual sample has to lie between b
 
     symbol    in the code        shape            meaning
     v         v = [x1; x2]       2B x 3 x H x W   complete views
-    u         u = [u1; u2]       2B x 3 x H x W   the same views, a random half of them masked
+    u         u = [u1; u2]       2B x 3 x H x W   the same, masked with probability --mask-share
     f, g, q   Network                             backbone, projector, predictor; ' is the target
     h         h                  2B x 8w          backbone features of u, w = --width: evaluated
     z, p      p                  2B x 256         projections g(h), predictions q(g(h))
     t         t                  2B x 256         targets g'(f'(v)) of the other view
-    lam, pi   lam, partner       B                an image's share in its mix; the other image
+    lam, pi   lam, partner       2B               an image's share in its mix; the other image
     m         m                                   weight of the old target in its moving average
     L_g, L_f  byol, mix in logs                   BYOL's loss, that of the mixed samples
     w_f       --mix-weight                        L = (L_g + w_f L_f) / (1 + w_f)
 
-Differences from the paper, as far as they can be known: choices of ours
+Choices of ours, which may differ from the paper
     D1  The base is BYOL; one predictor serves complete, masked and mixed samples.
-    D2  Masking replaces a view of the online network, with probability --mask-share, and so costs
-        no second pass. Targets always come from complete views.
-    D3  Mixed are the backbone's features, before the non-linear head.
+    D2  With probability --mask-share the online network sees the masked view instead of the
+        complete one, so there is no second pass. Targets always come from complete views.
+    D3  We mix the features of the backbone, before the head (g and q).
     D4  BatchNorm: the online network normalises complete and masked views in one batch of 2B, mixed
         samples in another (g and q only). The target normalises complete views only.
     D5  Views, head, grid, share of erased cells, lam, w_f, optimizer and schedule are ours.
@@ -75,13 +75,13 @@ from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError,
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 #
-# What prevents collapse? Nothing in the loss does: equal outputs for all images would make it 0.
-# But the target receives no gradient, it follows the online network slowly, and only the online
-# network has a predictor q. With these three a constant output is not where training ends up.
+# What prevents collapse? Not the loss: equal outputs in one direction would make it 0. But the
+# target receives no gradient, it follows the online network slowly, only the online network has a
+# predictor q, and the last BatchNorm of g centres the targets: no constant output survives.
 
 
 def regression_loss(p, t):
-    """L = 1/B sum_b D(p_b, t_b),  D(p, t) = 2 - 2 <p, t> / (||p|| ||t||)
+    """L = 1/B sum_b d(p_b, t_b),  d(p, t) = 2 - 2 <p, t> / (||p|| ||t||)
 
     p: (B, D) predictions, t: (B, D) targets, any scale; pass t without gradient. Lower is better:
     0 where all directions agree, 2 where they are orthogonal, 4 where they are opposite."""
@@ -89,22 +89,22 @@ def regression_loss(p, t):
 
 
 def mix_features(h, lam, partner):
-    """m_b = lam_b h_b + (1 - lam_b) h_partner(b)
+    """mix_b = lam_b h_b + (1 - lam_b) h_partner(b)
 
     h: (B, D) features, lam: (B,) in [0, 1], partner: (B,) a permutation. -> (B, D) virtual samples.
-    Use it before a non-linear head (D3). Behind the last linear layer linearity would make the
-    prediction of a mix the mix of the predictions, and there would be nothing to learn."""
+    Use it before a non-linear head (D3). Where only linear layers follow, the prediction of a mix
+    is the mix of the predictions, which teaches nothing new."""
     return lam[:, None] * h + (1 - lam)[:, None] * h[partner]
 
 
 def mixed_regression_loss(p, t, lam, partner):
-    """L = 1/B sum_b [ lam_b D(p_b, t_b) + (1 - lam_b) D(p_b, t_partner(b)) ],  D as above
+    """L = 1/B sum_b [ lam_b d(p_b, t_b) + (1 - lam_b) d(p_b, t_partner(b)) ],  d as above
 
     p: (B, D) predictions of virtual samples; t: (B, D) targets of the images that were mixed, of
     the OTHER view; lam, partner: (B,). Lower is better. With unit vectors p^, t^ each summand is
     2 - 2 <p^, lam t^_b + (1 - lam) t^_partner>: the positive is the mix of the unit targets. Its
     minimum 2 - 2 ||lam t^_b + (1 - lam) t^_partner|| is above 0, .42 for orthogonal targets at
-    lam = .75: this loss never reaches 0, and that is no under-fitting."""
+    lam = .75. So while targets differ this loss does not reach 0, and that is no under-fitting."""
     own, other = F.cosine_similarity(p, t, dim=1), F.cosine_similarity(p, t[partner], dim=1)
     return (lam * (2 - 2 * own) + (1 - lam) * (2 - 2 * other)).mean()
 
@@ -112,7 +112,8 @@ def mixed_regression_loss(p, t, lam, partner):
 @torch.no_grad()
 def ema_update(target, online, m):
     """target <- m target + (1 - m) online, for every parameter of the target. Its buffers are left
-    alone: the target's BatchNorm counts its own batches."""
+    alone: the target's BatchNorm keeps statistics of its own. The target has no q: in `online` q
+    stands last, so that zip stops before it."""
     for old, new in zip(target.parameters(), online.parameters()):
         old.lerp_(new, 1 - m)
 
@@ -144,11 +145,11 @@ class Network(nn.Module):
 # 3. The views and masks
 
 def random_mask(images, ratio, cells, generator, share=1., fill=0.):
-    """u = images with round(ratio cells^2) of cells x cells squares erased, in all channels.
+    """u = images; of a grid of cells x cells squares, round(ratio cells^2) erased in all channels.
 
-    images: (B, C, H, W) -> the same shape. Every image is masked with probability `share` and draws
-    its own squares, exactly that many. generator: a CPU one. fill: what is put there; 0 is the mean
-    colour of normalised images. Black would be a mark that the network could learn to look for."""
+    images: (B, C, H, W) -> the same shape. Each image is masked with probability `share`, in
+    squares of its own. generator: a CPU one. fill: what is put there; 0 is the mean colour of
+    normalised images. Black would be a stronger mark, which the network could learn to look for."""
     b, _, height, width = images.shape
     erased = torch.rand(b, cells**2, generator=generator).argsort(1) < round(ratio * cells**2)
     erased &= torch.rand(b, 1, generator=generator) < share
@@ -160,8 +161,8 @@ def random_mask(images, ratio, cells, generator, share=1., fill=0.):
 def make_views(args, statistics):
     """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> x1, x2, u1, u2, lam
 
-    x1, x2: complete views; u1, u2: what the online network sees of them; lam (B,). All is drawn
-    here, for many batches at once: a training step has nothing to draw and nothing to wait for."""
+    x1, x2: complete views; u1, u2: what the online network sees of them; lam (B,). `batches` calls
+    it for many batches at once, so a training step has nothing to draw and nothing to wait for."""
     s = args.jitter
 
     def view(x, rng):
@@ -170,11 +171,11 @@ def make_views(args, statistics):
         return normalise(random_grayscale(x, args.gray, rng), statistics)
 
     def make(x, rng):
-        complete = view(x, rng), view(x, rng)
-        online = (random_mask(v, args.mask_ratio, args.mask_grid, rng, args.mask_share)
-                  for v in complete)
+        x1, x2 = view(x, rng), view(x, rng)
         lam = 1 - torch.rand(len(x), generator=rng) / 2            # in (.5, 1]: an image dominates
-        return *complete, *online, lam.to(x.device, non_blocking=True)
+        u1, u2 = (random_mask(view, args.mask_ratio, args.mask_grid, rng, args.mask_share)
+                  for view in (x1, x2))
+        return x1, x2, u1, u2, lam.to(x.device, non_blocking=True)
     return make
 
 
@@ -194,7 +195,7 @@ def parse(argv=None):
     add = parser.training
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
     add("--lr", type=number(float, 0, above=True), default=.1, help="peak learning rate, of SGD")
-    add("--predictor-lr", type=number(float, 0, above=True), default=1., help="of q, times --lr")
+    add("--predictor-lr", type=number(float, 0, above=True), default=1., help="of q, as a multiple")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
         "area of an image that a view shows")
@@ -221,11 +222,12 @@ def parse(argv=None):
 
 def losses(online, target, v, u, lam, args):
     """Complete views v and online views u (2B, 3, H, W), those of x1 above those of x2, lam (B,)
-    -> L, {its terms and gauges}: the algorithm in one place. Means over 2B are 1/2 [... + ...]."""
+    -> L, {its terms and gauges}: the algorithm in one place. A mean over 2B is over both halves."""
     b = len(lam)
     lam = lam.repeat(2)                                            # 2B, the same for both views
-    # The batch is in random order, so the image before an image is a random partner.
-    partner = torch.arange(2 * b, device=v.device).view(2, b).roll(1, 1).flatten()
+    # The partner: the image before, in the same view. It is a random one, as the batch is shuffled.
+    partner = torch.arange(b, device=v.device).roll(1)
+    partner = torch.cat([partner, partner + b])                    # 2B
     with autocast(v.device):
         with torch.no_grad():                                      # targets of COMPLETE views only
             t = target(v).float().roll(b, 0)                       # t2 above t1: the OTHER view
@@ -235,8 +237,8 @@ def losses(online, target, v, u, lam, args):
     l_g = regression_loss(p, t)
     l_f = mixed_regression_loss(p_mix, t, lam, partner)
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
-    # What L_g is when the prediction ignores its input: near it nothing is learned, however
-    # steadily the loss falls. It is 0 when all targets are the same, a collapse.
+    # The lowest L_g of a prediction that ignores its input: near it nothing is learned, however
+    # steadily the loss falls.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
@@ -245,13 +247,13 @@ def losses(online, target, v, u, lam, args):
 def erased_knn(backbone, data, statistics, args, device):
     """kNN accuracies of erased test images; complete training images vote. First with the mask of
     training, then with another grid, share and fill: ten of 5 x 5 cells, in a random colour."""
-    rng, test, seen = generator(args.seed, 0, "erased"), data.test.images, data.train.labels >= 0
-    bank = embed(backbone, data.train.images[seen], statistics, device)
-    colour = torch.randint(256, (len(test), 3, 1, 1), generator=rng)
+    rng, test, known = generator(args.seed, 0, "erased"), data.test.images, data.train.labels >= 0
+    bank = embed(backbone, data.train.images[known], statistics, device)
+    colour = torch.randint(256, (len(test), 3, 1, 1), generator=rng)        # images are 0 to 255
     for mask in ((args.mask_ratio, args.mask_grid, 255 * statistics[0]), (.4, 5, colour)):
         erased = random_mask(test, *mask[:2], rng, fill=mask[2])
         queries = embed(backbone, erased, statistics, device)
-        yield knn_accuracy(bank, data.train.labels[seen], queries, data.test.labels)[0]
+        yield knn_accuracy(bank, data.train.labels[known], queries, data.test.labels)[0]
 
 
 @torch.no_grad()
@@ -273,11 +275,11 @@ def mixing_picture(online, target, images, statistics, seed, device):
 @torch.compiler.set_stance("force_eager")                          # --compile is for training
 @torch.no_grad()
 def report(args, run, data, online, target, untrained, index, clusters, statistics, views, device):
-    """Scores of the frozen backbone beside two baselines, complete and erased images; pictures."""
+    """Scores of the frozen backbone and two baselines, on complete and erased images; pictures."""
     images, table = data.train.images, {}
     for net in (online, target):
-        # BatchNorm's running statistics, from complete images alone. Those of training count erased
-        # cells and mixed features too, which no evaluated image has.
+        # BatchNorm's running statistics, anew from complete images. Those of training are of crops,
+        # and the online network's also of masked views and mixes.
         parts = index.chunk(max(1, len(index) // 512))
         complete = (normalise(fetch(images, part, device), statistics) for part in parts)
         with autocast(device):
@@ -289,7 +291,8 @@ def report(args, run, data, online, target, untrained, index, clusters, statisti
         table["mask_mix"] = scores
         print_scores(table, data)
     if data.classes and data.has_test:
-        for name, net in zip(table, (nn.Flatten(), untrained, online.backbone)):
+        nets = nn.Flatten(), untrained, online.backbone            # in the order of the table
+        for name, net in zip(table, nets):
             same, other = erased_knn(net, data, statistics, args, device)
             table[name].update(knn_erased=same, knn_erased_otherwise=other)
             print(f"  kNN of erased test images, {name}: {same:.3f} erased as in training, "
@@ -315,7 +318,7 @@ def train(args):
         target.predictor = nn.Identity()
         untrained = copy.deepcopy(online.backbone)                 # a baseline of the report
         slow = [*online.backbone.parameters(), *online.projector.parameters()]
-        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}
+        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}   # set_lr
         optimizer = torch.optim.SGD([{"params": slow}, fast], args.lr, momentum=.9,
                                     weight_decay=args.weight_decay, fused=True)
         images = to_device(data.train.images, device)
@@ -344,13 +347,11 @@ def train(args):
                 m = 1 - (1 - args.ema) * cosine_lr(at, steps)      # from --ema to 1
                 ema_update(target, online, m)
                 meter.add(loss=loss, **terms)
-            # 4. The epoch's line: a collapse is seen when it happens.
+            # 4. The epoch's line.
             record = meter.means()
             record.update(knn_gauge(online.backbone, data, index, statistics, device, epoch, args))
             run.end_epoch(record, per_epoch * args.batch_size, online=online, target=target,
                           optimizer=optimizer)
-            if record["constant"] < .05:
-                print("WARNING: collapse: all targets are nearly the same")
         # 5. The report. Labels are used from here on and never before, except for the gauge knn.
         report(args, run, data, online, target, untrained, index, clusters, statistics, views,
                device)
@@ -363,7 +364,7 @@ def train(args):
 # this backbone, on another run's (--against) and on an untrained one, with the same scenes and the
 # same schedule. All layers are trained, BatchNorm too: what torchvision freezes by default suits
 # supervised ImageNet weights only. To go on to photographs, put torchvision.datasets.VOCDetection
-# in place of draw_scenes, and 480 for SIDE.
+# in place of draw_scenes, its classes for KINDS, 480 for SIDE, and larger anchors.
 
 KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # SIDE: of a scene, in pixels
 SCHEDULES = {100: 30, 1000: 6}                            # {scenes to learn from: epochs}
@@ -391,9 +392,9 @@ def draw_scenes(n, side, seed):
             u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
             kind, fore = rng.integers(len(KINDS)), rng.uniform(.3, 1, (3, 1, 1))
             fore += max(0, .25 - fore.mean() + back.mean())        # brighter than the ground
-            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)
+            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)     # 1 inside
             image += cover * (fore - image)
-            j, i = ((cover > .5).any(axis).nonzero()[0] for axis in (0, 1))
+            j, i = ((cover > .5).any(axis).nonzero()[0] for axis in (0, 1))      # columns, rows
             shapes.append([j[0], i[0], j[-1] + 1, i[-1] + 1, kind + 1])
         shapes = torch.tensor(shapes)
         truth.append({"boxes": shapes[:, :4].float(), "labels": shapes[:, 4]})
@@ -417,11 +418,13 @@ def average_precision(found, truth, threshold):
             count += len(true)
             true = F.pad(true, (0, 0, 0, 1))              # with an empty box, as there may be none
             overlap = ops.box_iou(f["boxes"][mine][order], true)
-            for s, iou, best in zip(score.tolist(), *(x.tolist() for x in overlap.max(1))):
-                visits.append((s, iou >= threshold and best not in taken))
-                taken |= {best} if iou >= threshold else set()
+            iou, best = overlap.max(1)
+            for s, high, b in zip(score.tolist(), (iou >= threshold).tolist(), best.tolist()):
+                visits.append((s, high and b not in taken))
+                if high:
+                    taken.add(b)
         visits.sort(key=lambda visit: -visit[0])
-        right = torch.tensor([r for _, r in visits] + [False]).double()
+        right = torch.tensor([r for _, r in visits] + [False]).double()      # there may be none
         precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
         best_after = precision.flip(0).cummax(0).values.flip(0)
         areas.append((best_after * right).sum().item() / count)    # each hit: 1 / count of recall
@@ -429,7 +432,7 @@ def average_precision(found, truth, threshold):
 
 
 def read_backbone(folder, trained=True):
-    """The folder of a finished run, of any of the four scripts -> its backbone, or an untrained one
+    """The folder of a finished run, of any of our four scripts -> its backbone, or an untrained one
     of the same shape, and (mean, std) of its images. Raises UserError where there is none."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
@@ -443,8 +446,8 @@ def read_backbone(folder, trained=True):
 
 
 def make_detector(backbone, statistics):
-    """Faster R-CNN on a feature pyramid of 64 channels over stages 2 to 4 of the backbone, with few
-    proposals, since a scene shows few shapes. statistics: (mean, std), lists of three."""
+    """Faster R-CNN on a feature pyramid of 64 channels, over stages 2 to 4 and a pooled level, with
+    few proposals, since a scene shows few shapes. statistics: (mean, std), lists of three."""
     width = backbone.conv1.out_channels
     pyramid = backbone_utils.BackboneWithFPN(
         backbone, {"layer2": "0", "layer3": "1", "layer4": "2"},

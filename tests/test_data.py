@@ -208,6 +208,16 @@ def test_tiny_imagenet_in_its_original_layout(tmp_path):
     assert data.test.labels.tolist() == [2, 0, 1, 2]               # by the annotations
 
 
+def test_chosen_classes_of_tiny_imagenet_keep_their_test_images(tmp_path):
+    tiny_imagenet(tmp_path)
+    (tmp_path / "two.txt").write_text("n03\nn01\n")
+    data = load_dataset("tiny-imagenet", tmp_path, classes=str(tmp_path / "two.txt"))
+    assert data.classes == ["n01", "n03"] and data.has_test
+    assert [data.classes[y] for y in data.test.labels] == [
+        {"0": "n03", "1": "n01", "3": "n03"}[name[-6]] for name in data.test.names]
+    assert len(data.test.names) == 3
+
+
 @pytest.mark.parametrize("line", ["val_9.jpeg\tn99\t0\t0\t1\t1", "val_9.jpeg", "\tn01"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_an_annotation_that_makes_no_sense_is_no_traceback(line, encoding, tmp_path):
