@@ -1549,11 +1549,9 @@ def grid(images, columns, side=48):
     return Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def heatmap(matrix, rows=(), title="", limit=None):
-    """A matrix as a PIL image, from blue (-limit) over white (0) to red (limit, by default the
-    largest absolute value), with names of rows."""
+def heatmap(matrix, rows=(), title=""):
+    """A matrix as a PIL image, from blue (-1) over white (0) to red (1), with names of rows."""
     m = np.asarray(matrix, np.float64)
-    m = m / (limit or max(np.abs(m).max(), 1e-12))
     cell, top, font = max(2, 320 // max(m.shape)), 24, ImageFont.load_default(12)
     picture = Image.fromarray((127 + 128 * m).clip(0, 255).astype(np.uint8))
     picture = picture.resize((m.shape[1] * cell, m.shape[0] * cell), Image.Resampling.NEAREST)
@@ -1579,11 +1577,11 @@ def beside(*pictures, columns=None):
     return sheet
 
 
-def save_views(path, raw, views, statistics, count=8):
+def save_views(path, raw, views, statistics):
     """What the network was fed: a column for each image, the raw one on top, its views below."""
     mean, std = (s.to(raw.device) for s in statistics)
-    rows = [raw[:count]] + [view[:count].float() * std + mean for view in views]
-    save_picture(path, grid(torch.cat(rows), min(count, len(raw)), side=64))
+    rows = [raw] + [view.float() * std + mean for view in views]
+    save_picture(path, grid(torch.cat(rows), len(raw), side=64))
 
 
 def surest(clusters, confidence, c):
@@ -1617,7 +1615,7 @@ def save_clusters(folder, data, found, clusters):
         order = np.lexsort((-table.max(0), table.argmax(0)))       # clusters beside their class
         share = table[:, order] / table.sum(1, keepdims=True).clip(1)
         save_picture(folder / "confusion.png", heatmap(
-            share, data.classes if len(data.classes) <= 32 else (), limit=1,
+            share, data.classes if len(data.classes) <= 32 else (),
             title="share of each class (row) in each cluster (column)"))
 
 

@@ -10,12 +10,12 @@ Someone with the paper at hand should be able to correct one function and keep t
 The idea. Two views of an image get a score for each of K clusters. Over a batch of B images, the
 K x K correlation matrix of these scores is pushed to the identity: the diagonal to 1, so that both
 views of an image use the same clusters, and the other entries to 0, so that no two clusters do the
-same job. That alone keeps all clusters in use. There are no negative pairs, no rule about the sizes
-of clusters, no predictor, no momentum network and no memory. Beside it, the cluster assignments of
-one view are the targets of the other.
+same job. This keeps the clusters in use (see D3). There are no negative pairs, no rule about the
+sizes of clusters, no predictor, no momentum network and no memory. Beside it, the assignments of
+one view to clusters are the targets of the other.
 
              view 1 -> f -> h1 -> g -> s1 -> n1 \
-    image <                                      > n = mean -> M = n' n / B -> identity      L_id
+    image <                                      > n = mean -> M = n^T n / B -> identity     L_id
              view 2 -> f -> h2 -> g -> s2 -> n2 /
                                    P1 = softmax(n1) <-> P2 = softmax(n2)                     L_swap
 
@@ -32,26 +32,27 @@ one view are the targets of the other.
     symbol    in the code                  shape    meaning
     h         h                            B x D    backbone features, D = 8 * --width: evaluated
     s         s1, s2                       B x K    cluster scores of two views, K = --clusters-head
-    n         n1, n2                       B x K    s standardised over the batch, per cluster
-    C         c                            K x K    correlation between the views: only printed
-    M         m                            K x K    correlation of the mean of both views: trained
-    P         p1, p2                       B x K    softmax(n / tau), tau = --swap-temperature
-    lam       --lam                                 weight of the off-diagonal entries
+    n1, n2    n1, n2                       B x K    s1, s2 standardised over the batch, per cluster
+    n         n                            B x K    their mean, (n1 + n2) / 2
+    C         c                            K x K    n1^T n2 / B, between the views: printed (D1)
+    M         m                            K x K    n^T n / B: trained
+    P1, P2    p1, p2                       B x K    softmax(n1 / tau), softmax(n2 / tau)
+    tau, lam  --swap-temperature, --lam             lam: weight of the off-diagonal entries
     mu, w     --mu, --swap-weight                   weights: L = mu L_id + w L_swap
 
-Differences from the paper, as far as they can be known: choices of ours
+Choices of ours, which may differ from the paper
     D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
         why. --correlate between trains C.
-    D2  The distance to the identity is linear on the diagonal and squared elsewhere. A logarithm of
-        the determinant and a cross-entropy were tried: they learned no better.
-    D3  Standardising gives every cluster the same variance in each batch, so none stays unused.
+    D2  The distance to the identity is linear on the diagonal and squared elsewhere. Other ones
+        learned no better: section 6.
+    D3  Standardising gives every cluster the same variance in each batch: none has constant scores.
         This is a mild balancing of its own. The loss has no term about the sizes of clusters.
-    D4  L_swap takes n, not s: swapped_assignment_loss says why. Section 6 shows what L_swap adds.
+    D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. It adds little here.
     D5  Views, head, K, lam, w, optimizer and schedule are ours.
 
     python identitize.py                                # ten kinds of shapes, on a laptop
     python identitize.py --dataset cifar10              # 200 epochs, meant for one GPU: not run
-    Result: ACC .991, kNN .995, linear .998 on shapes, the mean of seeds 0, 1, 2 (section 6).
+    k-means ACC .991, kNN .995, linear .998 on shapes, the mean of seeds 0, 1, 2 (section 6).
 """
 import copy
 
@@ -72,10 +73,10 @@ from common import (Meter, Parser, Run, UserError, autocast, baselines, batches,
 #    column l of n2, from the second view. Where C_kk is 1, the views agree on cluster k.
 # M: the same for n = (n1 + n2) / 2. It averages C, its transpose, and each view's own correlations.
 # Why the mean: if the views have nothing in common, C is 0, even if all clusters of a view are
-#    copies. So disagreement lowers the second term on C. M keeps half of each view's own.
-# Why standardise: entries become correlations. No cluster can lower them by shrinking its scores.
-# What prevents collapse: if all images get equal scores, n and M are 0 and the loss is 1. If all
-#    clusters are copies, all entries are 1 and the loss is lam (K - 1). It is 0 at M = I alone.
+#    copies. So disagreement hides copies from C. M still shows them, as entries of 1/2.
+# Why standardise: C holds correlations then. No cluster can lower them by shrinking its scores.
+# What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, n and M are 0
+#    and it is 1. If all clusters are copies, all entries are 1 and it is lam (K - 1).
 # What it costs: B K^2 products for each matrix, little beside the network.
 
 
@@ -91,7 +92,7 @@ def cross_correlation(n1, n2):
 
     n1, n2: (B, K) standardised scores of two views. -> C (K, K) in [-1, 1]. Permuting clusters
     permutes C. Swapping the views transposes it. Its rank is at most min(B - 1, K)."""
-    with torch.autocast(n1.device.type, enabled=False):
+    with torch.autocast(n1.device.type, enabled=False):            # float32, whoever calls
         return n1.t() @ n2 / len(n1)
 
 
@@ -99,8 +100,8 @@ def mean_correlation(n1, n2):
     """M_kl = 1/B sum_b n_bk n_bl,   n = (n1 + n2) / 2
 
     n1, n2: (B, K) standardised scores of two views. -> M (K, K), symmetric, without an eigenvalue
-    below 0. M_kk = (1 + C_kk) / 2 lies in [0, 1], M_kl in [-1, 1]. With C_vw as the correlation of
-    view v with view w, M = (C_11 + C_12 + C_21 + C_22) / 4."""
+    below 0. M_kk = (1 + C_kk) / 2 lies in [0, 1], M_kl in [-1, 1]. Written out,
+    M = (n1^T n1 + n1^T n2 + n2^T n1 + n2^T n2) / (4B)."""
     with torch.autocast(n1.device.type, enabled=False):
         n = (n1 + n2) / 2                                                       # BxK
         return n.t() @ n / len(n)
@@ -111,22 +112,22 @@ def identitization_loss(m, off_diagonal_weight):
 
     m: (K, K). Lower is better: 0 at M = I alone, where the views agree and no two clusters are
     correlated; 1 at M = 0; lam (K - 1) where all entries are 1. 1 - M_kk is a quarter of the mean
-    squared difference of n1 and n2 in cluster k: its gradient pulls the views together. The
-    gradient of the second term by M_kl, 2 lam M_kl / K, pushes two clusters apart in proportion to
-    their correlation. With B <= K images M cannot be I: its rank is at most B - 1."""
+    squared difference of n1 and n2 in cluster k (if no score is constant): its gradient pulls the
+    views together. The second term has the gradient 2 lam M_kl / K in M_kl, which pulls M_kl to 0.
+    With B <= K images M can only come near I: its rank is at most B - 1."""
     consistency = (1 - m.diagonal()).mean()
     decorrelation = (m.square().sum() - m.diagonal().square().sum()) / len(m)
     return consistency + off_diagonal_weight * decorrelation
 
 
-def swapped_assignment_loss(s1, s2, temperature):
-    """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],  P = softmax(s / tau)
+def swapped_assignment_loss(n1, n2, temperature):
+    """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],  P = softmax(n / tau)
 
-    s1, s2: (B, K) scores, used as given; no gradient flows through the targets sg(P). Lower is
+    n1, n2: (B, K) standardised scores; no gradient flows through the targets sg(P). Lower is
     better: 0 for equal one-hot assignments, ln K for uniform ones.
-    Note: give it standardised scores. With raw scores a large constant added to one cluster puts
-    every image there. This loss is then near 0, and M does not change: nothing would stop it."""
-    log_p1, log_p2 = F.log_softmax(s1 / temperature, 1), F.log_softmax(s2 / temperature, 1)
+    Why standardised: in raw scores a large constant added to one cluster puts every image there.
+    This loss is then near 0, and M does not change: nothing would stop it."""
+    log_p1, log_p2 = F.log_softmax(n1 / temperature, 1), F.log_softmax(n2 / temperature, 1)
     p1, p2 = log_p1.detach().exp(), log_p2.detach().exp()
     return -(p2 * log_p1 + p1 * log_p2).sum(1).mean() / 2
 
@@ -159,7 +160,7 @@ class Network(nn.Module):
         if cosine:
             self.head.append(nn.Linear(512, 128))
         self.clusters = nn.Linear(128 if cosine else 512, clusters, bias=False)
-        if cosine:                         # long prototypes turn slowly: short ones are unstable
+        if cosine:                         # long rows: one step turns them only a little
             nn.init.normal_(self.clusters.weight)
 
     def forward(self, x):
@@ -175,18 +176,18 @@ class Network(nn.Module):
 
 def make_views(args, statistics):
     """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D5)"""
-    s = args.jitter
+    j = args.jitter
 
     def view(x, rng):
         x = random_resized_crop(x, (args.crop, 1), rng)            # and flip, p .5
-        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        x = color_jitter(x, .8 * j, .8 * j, .8 * j, .2 * j, rng, p=.8)
         return normalise(random_grayscale(x, args.gray, rng), statistics)
     return lambda x, rng: (view(x, rng), view(x, rng))
 
 
 def long_tail(labels, ratio, seed):
-    """The profile of long-tailed CIFAR: class c of C keeps int(n_max r^(-c / (C - 1))) images, or
-    all where it has fewer. labels (N,), r >= 1 -> indices (n,) of images, sorted"""
+    """The profile of long-tailed CIFAR: class i of T keeps int(n_max ratio^(-i / (T - 1))) images,
+    or all where it has fewer; at least 1. labels (N,), ratio >= 1 -> indices (n,), sorted"""
     counts = torch.bincount(labels)
     order = torch.randperm(len(labels), generator=generator(seed, 0, "subset"))
     kept = []
@@ -212,18 +213,19 @@ def parse(argv=None):
     add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate, of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-6, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest area of a view")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s, strength of the colour jitter")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="strength of the colour jitter")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--clusters-head", type=number(int, 2), default=256, help="K, clusters in the loss")
     add("--lam", type=number(float, 0), default=1 / 22, help="weight of the off-diagonal entries")
-    add("--mu", type=number(float, 0), default=1., help="weight of L_id")
+    add("--mu", type=number(float, 0), default=1., help="weight of L_id, or of the rival's loss")
     add("--swap-weight", type=number(float, 0), default=.1, help="w, weight of L_swap")
     add("--swap-temperature", type=number(float, 0, above=True), default=1., help="tau of P")
     add("--correlate", choices=("both", "between"), default="both", help="both: M; between: C (D1)")
-    add("--targets", choices=("identity", "sinkhorn"), default="identity", help="sinkhorn: a rival")
+    add("--targets", choices=("identity", "sinkhorn"), default="identity", help="sinkhorn: "
+        "the rival, with --swap-weight 0")
     add("--sinkhorn-epsilon", type=number(float, 1e-4), default=.05, help="small: sharp targets")
-    add("--imbalance", type=number(float, 1), default=1., help="r of long_tail, learn from a tail")
+    add("--imbalance", type=number(float, 1), default=1., help="largest class / smallest class")
     args = parser.parse(argv, DEFAULTS)
     if args.imbalance != 1 and args.train_size:
         parser.error("--imbalance and --train-size exclude each other")
@@ -249,7 +251,7 @@ def losses(s1, s2, args):
         objective = -(q2 * log_p1 + q1 * log_p2).sum(1).mean() / 2
     else:
         objective = identitization_loss(m if args.correlate == "both" else c, args.lam)
-    swap = swapped_assignment_loss(n1, n2, args.swap_temperature)               # of n, not s: D4
+    swap = swapped_assignment_loss(n1, n2, args.swap_temperature)               # not of s1, s2: D4
     loss = args.mu * objective + args.swap_weight * swap
     p1 = (n1.detach() / args.swap_temperature).softmax(1)
     return loss, {args.targets: objective, "swap": swap, "diagonal": c.diagonal().mean(),
@@ -258,24 +260,26 @@ def losses(s1, s2, args):
 
 @torch.no_grad()
 def matrix_now(net, images, index, views, args, device):
-    """M (K, K) of two views of about 2,000 training images, for correlation.png. BatchNorm works as
-    in training and so changes its running means: those of a copy of the network."""
-    net, rng = copy.deepcopy(net), generator(args.seed, 0, "correlation")
+    """M (K, K) of two views of about 2,000 training images, as of one batch, for correlation.png.
+    BatchNorm works as in training, on a copy, so that net keeps its running means."""
+    net, rng = copy.deepcopy(net).train(), generator(args.seed, 0, "correlation")
     some, size = index[::max(1, len(index) // 2000)], min(256, args.batch_size)
-    s = [net(torch.cat(x)).chunk(2) for _, *x in batches(images, some, size, views, rng, device)]
+    s = [net(torch.cat([x1, x2])).chunk(2)
+         for _, x1, x2 in batches(images, some, size, views, rng, device)]
     return mean_correlation(*(standardise(torch.cat(view)) for view in zip(*s))).cpu()
 
 
 def draw_matrix(m, epoch):
     """M as a picture. Clusters that correlate stand side by side: copies form a red square."""
     order = leaves_list(linkage(m, "average"))                     # hierarchical clustering of rows
-    return heatmap(m[order][:, order], limit=1, title=f"M after {epoch} epochs: diagonal "
+    return heatmap(m[order][:, order], title=f"M after {epoch} epochs: diagonal "
                    f"{m.diagonal().mean():.2f}, rms elsewhere {rms_off_diagonal(m):.2f}")
 
 
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, clusters, statistics, views, matrices):
-    """Scores of the frozen backbone beside two baselines; pictures."""
+    """Scores of the frozen backbone beside raw pixels and a random network; pictures. clusters: how
+    many k-means looks for."""
     table, device = {}, next(net.parameters()).device
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     scores, found = evaluate(train_h, test_h, data, clusters, args.seed, index)
@@ -330,8 +334,8 @@ def train(args):
                     batches(images, index, args.batch_size, views, rng, device)):
                 at = epoch * per_epoch + i
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 20))
-                with autocast(device):                             # one pass: BatchNorm sees both
-                    s1, s2 = forward(torch.cat([x1, x2])).chunk(2)              # BxK each
+                with autocast(device):
+                    s1, s2 = forward(torch.cat([x1, x2])).chunk(2)  # one pass: BatchNorm sees both
                 loss, terms, p = losses(s1, s2, args)
                 optimizer.zero_grad()
                 loss.backward()
@@ -349,11 +353,11 @@ def train(args):
                 matrices[str(epoch + 1)] = matrix_now(net, images, index, views, args, device)
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
                           matrices=matrices)
-            # Of two clusters one may well hold 90 %. Equal scores: P is 1/K everywhere.
+            # 1.8 / k: of two clusters one may hold 90 %. 1.1 / k: equal scores give P = 1/K.
             if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
-        # 5. The report. Labels are used from here on and never before, except for the gauge knn.
+        # 5. The report. Labels are used from here on; before only by --imbalance and the gauge knn.
         report(args, run, data, net, untrained, index, clusters, statistics, views, matrices)
 
 

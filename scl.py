@@ -336,7 +336,7 @@ def report(args, run, data, net, untrained, index, memory, clusters, statistics,
             finals["scl, boundary"] = clustering(ps, test_ps)
         shares, agree = joint / joint.sum(1, keepdim=True).clamp(min=1), joint.trace() / joint.sum()
         save_picture(run.folder / "agreement.png", heatmap(
-            shares, limit=1, title=f"visual (row) x boundary, last epoch: {agree:.0%} agree"))
+            shares, title=f"visual (row) x boundary, last epoch: {agree:.0%} agree"))
     if data.classes:
         table = baselines(data, untrained, statistics, k, args.seed, index, device)
         table.update({"k-means, features": on_h, "k-means, embedding": on_z})

@@ -688,7 +688,7 @@ def test_prototypes_are_the_most_confident_images_of_a_cluster(tmp_path):
 
 
 def test_a_heatmap_is_white_at_zero_red_above_and_blue_below():
-    picture = np.array(common.heatmap([[1., 0.], [-1., .5]], limit=1)).astype(int)
+    picture = np.array(common.heatmap([[1., 0.], [-1., .5]])).astype(int)
     middle = lambda i, j: picture[24 + 160 * i + 80, 2 + 160 * j + 80]          # noqa: E731
     red, white, blue, pink = middle(0, 0), middle(0, 1), middle(1, 0), middle(1, 1)
     assert white.tolist() == [255, 255, 255]

@@ -518,8 +518,8 @@ def test_a_folder_without_labels_ends_with_a_sheet_for_each_cluster_and_no_score
 @pytest.mark.slow
 def test_on_shapes_the_scan_step_finds_most_shapes_and_self_labelling_keeps_them(
         tmp_path, two_threads):
-    scan.train(scan.parse(["--self-label-epochs", "3", "--unsafe", "go", "--device", "cpu", "--out",
-                           str(tmp_path / "a")]))
+    short = "--epochs 10 --cluster-epochs 4 --self-label-epochs 2 --unsafe go --device cpu".split()
+    scan.train(scan.parse([*short, "--out", str(tmp_path / "a")]))
     scores = result(tmp_path / "a")["scores"]
     assert scores["SCAN loss"]["acc"] > .9 > .3 > scores["raw pixels"]["kmeans"]["acc"]
     assert scores["+ self-label"]["acc"] > scores["SCAN loss"]["acc"] - .02
