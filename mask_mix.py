@@ -163,11 +163,11 @@ def make_views(args, statistics):
 
     x1, x2: complete views; u1, u2: what the online network sees of them; lam (B,). `batches` calls
     it for many batches at once, so a training step has nothing to draw and nothing to wait for."""
-    s = args.jitter
+    j = args.jitter
 
     def view(x, rng):
         x = random_resized_crop(x, (args.crop, 1), rng)            # and flip, p .5
-        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        x = color_jitter(x, .8 * j, .8 * j, .8 * j, .2 * j, rng, p=.8)
         return normalise(random_grayscale(x, args.gray, rng), statistics)
 
     def make(x, rng):
@@ -199,7 +199,7 @@ def parse(argv=None):
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
         "area of an image that a view shows")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s: colour jitter .8s .8s .8s .2s")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="j: colour jitter .8j .8j .8j .2j")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--ema", type=number(float, 0, 1), default=.99, help="m of the target at first; 1 at last")

@@ -352,8 +352,8 @@ def make_views(args, size, statistics):
         return normalise(x, statistics)
 
     def simclr(x, rng):                                            # no blur, as released
-        s, x = args.jitter, random_resized_crop(x, (args.crop, 1), rng)      # flips too, p .5
-        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        j, x = args.jitter, random_resized_crop(x, (args.crop, 1), rng)      # flips too, p .5
+        x = color_jitter(x, .8 * j, .8 * j, .8 * j, .2 * j, rng, p=.8)
         return normalise(random_grayscale(x, args.gray, rng), statistics)
 
     def strong(x, rng):
@@ -411,7 +411,7 @@ def parse(argv=None):
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd: as released")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
         "area of an image that a view shows")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s: colour jitter .8s .8s .8s .2s")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="j: colour jitter .8j .8j .8j .2j")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--temperature", type=number(float, 0, above=True), default=.1, help="tau of NT-Xent")

@@ -201,11 +201,11 @@ class Network(nn.Module):
 
 def make_views(args, statistics):
     """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each"""
-    s = args.jitter
+    j = args.jitter
 
     def view(x, rng):
         x = random_resized_crop(x, (args.crop, 1), rng)            # and flip, p .5
-        x = color_jitter(x, .8 * s, .8 * s, .8 * s, .2 * s, rng, p=.8)
+        x = color_jitter(x, .8 * j, .8 * j, .8 * j, .2 * j, rng, p=.8)
         return normalise(random_grayscale(x, args.gray, rng), statistics)
     return lambda x, rng: (view(x, rng), view(x, rng))
 
@@ -253,7 +253,7 @@ def parse(argv=None):
     add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate, of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest area of a view")
-    add("--jitter", type=number(float, 0, 1), default=.5, help="s, strength of the colour jitter")
+    add("--jitter", type=number(float, 0, 1), default=.5, help="j: colour jitter .8j .8j .8j .2j")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without clusters")

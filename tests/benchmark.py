@@ -133,9 +133,13 @@ def bare_step(step, state, batch, size, device):
                 for x in free:
                     target(x)
             for x in trained:
-                out = net(x)
-                out = net.predictor(out) if hasattr(net, "predictor") else out
-                outputs += out if isinstance(out, tuple) else [out]
+                if step == "mask_mix":     # mixed features pass projector and predictor, too
+                    h = net.backbone(x)
+                    mixed = (h + h.roll(1, 0)) / 2
+                    outputs += [net.predictor(net.projector(f)) for f in (h, mixed)]
+                else:
+                    out = net(x)
+                    outputs += out if isinstance(out, tuple) else [out]
         optimizer.zero_grad()
         sum(out.float().square().mean() for out in outputs).backward()
         optimizer.step()
