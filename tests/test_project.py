@@ -17,7 +17,8 @@ SCRIPTS = [name for name in ("scan", "identitize", "mask_mix", "scl")
 def readme_commands():
     """(script, arguments) of every command in the README's code blocks."""
     found = []
-    for block in re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")  # a command may go on
+    for block in re.findall(r"```\w*\n(.*?)```", text, re.S):
         for line in block.splitlines():
             match = re.search(r"python (\w+)\.py(.*)", line.split("#")[0])
             if match and match[1] in SCRIPTS:
