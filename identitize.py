@@ -10,8 +10,8 @@ Someone with the paper at hand should be able to correct one function and keep t
 The idea. Two views of an image get a score for each of K clusters. Over a batch of B images, the
 K x K correlation matrix of these scores is pushed to the identity: the diagonal to 1, so that both
 views of an image use the same clusters, and the other entries to 0, so that no two clusters do the
-same job. This keeps the clusters in use (see D3). There are no negative pairs, no rule about the
-sizes of clusters, no predictor, no momentum network and no memory. Beside it, the assignments of
+same job. So the clusters stay in use. There are no negative pairs, no rule about the sizes of
+clusters, no predictor, no momentum network and no memory. Beside it, the assignments of
 one view to clusters are the targets of the other.
 
              view 1 -> f -> h1 -> g -> s1 -> n1 \
@@ -43,16 +43,15 @@ one view to clusters are the targets of the other.
 Choices of ours, which may differ from the paper
     D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
         why. --correlate between trains C.
-    D2  The distance to the identity is linear on the diagonal and squared elsewhere. Other ones
-        learned no better: section 6.
-    D3  Standardising gives every cluster the same variance in each batch: none has constant scores.
+    D2  The distance to the identity is linear on the diagonal and squared elsewhere (section 6).
+    D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
         This is a mild balancing of its own. The loss has no term about the sizes of clusters.
     D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. It adds little here.
-    D5  Views, head, K, lam, w, optimizer and schedule are ours.
+    D5  Views, head, K, the weights and tau, optimizer and schedule are ours.
 
     python identitize.py                                # ten kinds of shapes, on a laptop
     python identitize.py --dataset cifar10              # 200 epochs, meant for one GPU: not run
-    k-means ACC .991, kNN .995, linear .998 on shapes, the mean of seeds 0, 1, 2 (section 6).
+    shapes, mean of seeds 0, 1, 2: k-means on h has ACC .991; kNN .995, linear .998 (section 6)
 """
 import copy
 
@@ -71,12 +70,12 @@ from common import (Meter, Parser, Run, UserError, autocast, baselines, batches,
 # 1. The loss
 # C: column k of n1 holds the scores of cluster k in the first view. C_kl is its correlation with
 #    column l of n2, from the second view. Where C_kk is 1, the views agree on cluster k.
-# M: the same for n = (n1 + n2) / 2. It averages C, its transpose, and each view's own correlations.
+# M: n^T n / B, n = (n1 + n2) / 2. It averages C, its transpose, and each view's own correlations.
 # Why the mean: if the views have nothing in common, C is 0, even if all clusters of a view are
 #    copies. So disagreement hides copies from C. M still shows them, as entries of 1/2.
 # Why standardise: C holds correlations then. No cluster can lower them by shrinking its scores.
 # What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, n and M are 0
-#    and it is 1. If all clusters are copies, all entries are 1 and it is lam (K - 1).
+#    and it is 1. If all clusters and both views are equal, all entries are 1: it is lam (K - 1).
 # What it costs: B K^2 products for each matrix, little beside the network.
 
 
@@ -160,7 +159,7 @@ class Network(nn.Module):
         if cosine:
             self.head.append(nn.Linear(512, 128))
         self.clusters = nn.Linear(128 if cosine else 512, clusters, bias=False)
-        if cosine:                         # long rows: one step turns them only a little
+        if cosine:                         # long rows: a step of Adam turns them only a little
             nn.init.normal_(self.clusters.weight)
 
     def forward(self, x):
@@ -242,7 +241,7 @@ def rms_off_diagonal(m):
 
 def losses(s1, s2, args):
     """Scores (B, K) of two views -> L, {its terms and gauges}, P1: the algorithm in one place. The
-    gauges diagonal and off_diagonal are of C; confidence is the mean largest entry of P1."""
+    gauges diagonal and off_diagonal are of C; confidence: mean of max P1, of the rival as well."""
     n1, n2 = standardise(s1), standardise(s2)                                   # BxK each
     c, m = cross_correlation(n1, n2), mean_correlation(n1, n2)                  # KxK each
     if args.targets == "sinkhorn":                                 # the rival: balanced targets
@@ -260,7 +259,7 @@ def losses(s1, s2, args):
 
 @torch.no_grad()
 def matrix_now(net, images, index, views, args, device):
-    """M (K, K) of two views of about 2,000 training images, as of one batch, for correlation.png.
+    """M (K, K) of two views of about 2,000 training images together, for correlation.png.
     BatchNorm works as in training, on a copy, so that net keeps its running means."""
     net, rng = copy.deepcopy(net).train(), generator(args.seed, 0, "correlation")
     some, size = index[::max(1, len(index) // 2000)], min(256, args.batch_size)
@@ -290,7 +289,8 @@ def report(args, run, data, net, untrained, index, clusters, statistics, views, 
     save_picture(run.folder / "correlation.png", beside(*(
         draw_matrix(matrices[epoch], epoch) for epoch in sorted(matrices, key=int))))
     x = fetch(data.train.images, index[:8], torch.device("cpu"))
-    save_views(run.folder / "views.png", x, views(x, generator(args.seed, 0, "show")), statistics)
+    fed = views(x, generator(args.seed, 0, "picture"))
+    save_views(run.folder / "views.png", x, fed, statistics)
     run.finish(table, net.backbone, found, statistics)
 
 
@@ -353,7 +353,7 @@ def train(args):
                 matrices[str(epoch + 1)] = matrix_now(net, images, index, views, args, device)
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
                           matrices=matrices)
-            # 1.8 / k: of two clusters one may hold 90 %. 1.1 / k: equal scores give P = 1/K.
+            # 1.8 / k: 90 % where K is 2. 1.1 / k: just above 1/K, the P of equal scores.
             if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")

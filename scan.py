@@ -18,7 +18,7 @@ the same cluster, while all clusters stay in use. Step 3 learns from what the ne
                          \---------- strong -> p -> cross-entropy with y
 
     paper        in the code              shape       meaning (N images, B in a batch)
-    Phi          backbone, head                       network; step 2 puts in the final head
+    Phi          backbone, head                       network; from step 2 on with a cluster head
     z            z1, z2                   B x 128     embeddings of step 1, of unit length
     N_X          neighbours               N x (1+J)   the image itself first; J is --neighbours
     C            clusters                             number of clusters, written K in all shapes
@@ -31,7 +31,7 @@ Differences from the paper and its released code ("there")
     D1  The release keeps the epoch and head of the lowest loss on the test images, without their
         labels. Here the training images choose; --select test does as released.
     D2  The learning rate of step 1 falls to 0 by batches; there to 1/1000 of its peak by epochs.
-    D3  The strong augmentation leaves out the released random crop: unpadded, it changes no image.
+    D3  The strong augmentation leaves out the released random crop: at full size it does nothing.
         All operations but Equalize and Posterize work on floats; there each rounds to 8 bits.
     D4  Step 3 skips a batch without a confident image; there it is an error. Step 3 runs all its
         epochs, as released; in the paper it ends when the confident share no longer grows. If step
@@ -111,8 +111,8 @@ def scan_loss(anchor_logits, neighbour_logits, entropy_weight):
     """Eq. (2): L = -1/B sum_i log <p_i, q_i> + lambda sum_c p'_c log p'_c,   p' = 1/B sum_i p_i
 
     anchor_logits, neighbour_logits: (B, K), the logits of p and of q; row i of the second belongs
-    to a neighbour of image i. -> (total, consistency, entropy), total = consistency - lambda
-    entropy, consistency >= 0, 0 <= entropy <= ln K. Lower is better, and mostly negative: with
+    to a neighbour of image i. -> (total, consistency >= 0, 0 <= entropy <= ln K), where
+    total = consistency - lambda entropy. Lower is better, and mostly negative: with
     lambda 5, -4 ln K where every p is uniform, -5 ln K at best, where neighbours agree surely and
     all clusters are equally large. Finite for any finite logits."""
     log_p, log_q = F.log_softmax(anchor_logits, 1), F.log_softmax(neighbour_logits, 1)
@@ -381,8 +381,8 @@ def mine(z, count):
 # ------------------------------------------------------------------------------------------------
 # 4. Hyper-parameters
 
-# Where they differ from the flags' defaults, which are those released for CIFAR-10. Released, too:
-# cifar20 and stl10. The others have no released settings: theirs are ours.
+# Only what differs from the flags' defaults, which are those released for CIFAR-10. Those of
+# cifar20 and stl10 are released, too; all others are our choice.
 LARGE = dict(batch_size=256, lr=.2, cluster_epochs=100, self_label_epochs=100, self_label_batch=512)
 DEFAULTS = {
     "shapes": dict(epochs=15, batch_size=64, optimizer="adam", lr=2e-3, weight_decay=1e-6,
@@ -469,8 +469,9 @@ class Best(NamedTuple):                   # within step 2
 
 
 def enter(run, stage, net, optimizer, **given):
-    """Begin a step: save a checkpoint with what it is given. -> given. Where this step was
-    interrupted: load net and optimizer from its checkpoint. -> the `given` that is saved there"""
+    """Begin a step: save a checkpoint with what it is given. -> given. For step 1 and for a step
+    that was interrupted: load net and optimizer from the checkpoint, if there is one. -> the
+    `given` that is saved there"""
     if run.state.get("stage", "pretext") == stage:
         return run.restore(net=net, optimizer=optimizer) or given
     run.save(stage=stage, net=net, optimizer=optimizer, **given)
@@ -522,7 +523,7 @@ def choose_neighbours(args, n, clusters, most):
 
 
 def mine_neighbours(args, run, z, images, labels):
-    """Once, before step 2. z: embeddings (N, ...) of the images to learn from, of any length, and,
+    """Once, before step 2. z: embeddings (N, ...), not normalised, of the images to learn from and,
     with --select test, of the test images. labels (N,) or None: only to print how many neighbours
     are of the same class. -> Mined, {'top-5': that share among the nearest five, ...}"""
     neighbours = mine(F.normalize(z[0], dim=1), args.neighbours)
@@ -568,7 +569,7 @@ def cluster(args, run, net, mined, notes, pairs, logits_of, labels):
     forward = torch.compile(net) if args.compile else net
     neighbours, device = mined.train.long(), next(net.parameters()).device
     n, batch = len(neighbours), min(args.cluster_batch, len(neighbours))
-    began = 0 if args.pretext else args.epochs                     # run.epoch counts all steps
+    began = 0 if args.pretext else args.epochs                     # run.epoch: of steps 1 to 3
     for epoch in range(run.epoch - began, args.cluster_epochs):
         meter = Meter(f"scan, cluster, epoch {epoch + 1}", n // batch)
         rng = generator(args.seed, epoch, "cluster")
@@ -597,7 +598,7 @@ def cluster(args, run, net, mined, notes, pairs, logits_of, labels):
                       mined=[*mined], notes=notes, best=[*best])
     print(f"step 2: epoch {best.epoch}, head {best.head} has the lowest loss on {args.select}")
     notes["chosen"] = {"epoch": best.epoch, "head": best.head, "loss": best.loss}
-    k = len(best.net["head.0.bias"]) // args.heads                 # the heads lie row after row
+    k = len(best.net["head.0.bias"]) // args.heads                 # head i: rows ik to ik + k - 1
     rows = slice(best.head * k, (best.head + 1) * k)
     return {name: w[rows] if name.startswith("head.") else w for name, w in best.net.items()}, notes
 
@@ -620,8 +621,8 @@ def self_label(args, run, net, notes, images, labels, views, device):
     optimizer = torch.optim.Adam(net.parameters(), args.self_label_lr, fused=True,
                                  weight_decay=args.weight_decay)
     state = enter(run, "self-label", net, optimizer, notes=notes,
-                  given=copy.deepcopy(net.state_dict()))
-    notes, given = state["notes"], state["given"]
+                  start=copy.deepcopy(net.state_dict()))
+    notes, start = state["notes"], state["start"]
     forward = torch.compile(net) if args.compile else net
     n, batch = len(images), min(args.self_label_batch, len(images))
     began = (0 if args.pretext else args.epochs) + args.cluster_epochs
@@ -634,8 +635,8 @@ def self_label(args, run, net, notes, images, labels, views, device):
         rng, skipped = generator(args.seed, epoch, "self-label"), 0
         label = torch.full((n,), -1, device=device)                # of images in no batch: -1
         for index, x1, x2 in batches(images, torch.arange(n), batch, pair, rng, device):
-            # In train mode BatchNorm would use the statistics of this unchanged batch, but the
-            # weights were trained with those of strong views, which eval mode uses (D10).
+            # In train mode BatchNorm would use the statistics of these plain images. But the
+            # weights were trained with statistics of strong views: eval mode uses those (D10).
             net.train(args.weak_pass == "train")
             with torch.no_grad(), autocast(device):
                 weak = forward(x1)[:, 0]                                                # BxK
@@ -660,10 +661,10 @@ def self_label(args, run, net, notes, images, labels, views, device):
         if labels is not None:
             record["acc"] = cluster_scores(labels[seen], label[seen])["acc"]
         run.end_epoch(record, n // batch * batch, stage="self-label", net=net,
-                      optimizer=optimizer, notes=notes, given=given)
+                      optimizer=optimizer, notes=notes, start=start)
     if last and not any(r["confident"] for r in run.log if r["stage"] == "self-label"):
         print("step 3 met no confident image: the network stays as step 2 left it")
-        net.load_state_dict(given)         # --weak-pass train has changed BatchNorm's statistics
+        net.load_state_dict(start)         # --weak-pass train has changed BatchNorm's statistics
     return notes
 
 
@@ -702,7 +703,7 @@ def train(args):
     device, data, index, clusters = prepare(args, DEFAULTS)
     n, size = len(data.train.images), data.train.images.shape[-1]
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
-    # later: the images of steps 2 and 3. On STL-10 the 5,000 of its train split; step 1 takes all.
+    # later: those of steps 2 and 3. On STL-10 the 5,000 of its train split; step 1 takes all.
     later = index[data.train.labels[index] >= 0] if data.name == "stl10" else index
     labels = data.train.labels[later] if data.classes else None
     choose_neighbours(args, len(later), clusters, 200 if data.name == "shapes" else 20)
@@ -737,7 +738,7 @@ def train(args):
             z = [embed(net, x, statistics, device) for x in seen]
             mined, shares = mine_neighbours(args, run, z, learn, labels)
             notes = {"scores": {"pretext + k-means": scores}, "neighbour_accuracy": shares}
-        # 4. Step 2. Its best head goes on alone.
+        # 4. Step 2 trains `heads`; the best one goes into `net`.
         net = Network(backbone, cluster_heads(8 * args.width, 1, clusters)).to(device)
         if stage != "self-label":
             torch.manual_seed(args.seed)
@@ -766,7 +767,7 @@ def train(args):
         found = clusters_of(net, data, statistics, device)
         if args.self_label_epochs and not notes["left_out"] and data.classes:
             notes["scores"]["+ self-label"] = score(data, found, clusters)
-        # 6. The report. Before it labels only serve to print and store accuracies.
+        # 6. The report. So far labels only served to print and store accuracies.
         raw, rng = fetch(data.train.images, later[:8], device), generator(0, 0, "picture")
         fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
         save_views(run.folder / "views.png", raw, fed, statistics)
@@ -804,9 +805,9 @@ def load_frozen(args, device):
 
 
 def passing(net, key, args, size, statistics, device):
-    """Options of read_data that pass a folder's images through net while they are read, so that
-    only thumbnails and outputs are kept. Sets in memory keep their own size; outputs_of passes
-    their images through net."""
+    """Options of read_data. Images of a folder then pass through net while they are read, and only
+    thumbnails and outputs are kept. Images of a set in memory keep their size; outputs_of passes
+    them through net."""
     def outputs(images):
         return embed(net, images, statistics, device, batch_size=64).cpu()
     in_memory = args.dataset in IN_MEMORY
@@ -831,7 +832,7 @@ def train_heads(args):
     with Run(args, "scan", data, args.cluster_epochs) as run:
         h, test_h = (x.to(device) for x in outputs_of(data, options["network"]))    # NxD, MxD
         learn, mined, notes = h[index.to(device)], None, None
-        scale = backbone.append(Scale(h.shape[1]).to(device))[-1]
+        scale = Scale(h.shape[1]).to(device)
         scale.mean, scale.std = learn.mean(0), learn.std(0).clamp(min=1e-6)
         x, test_x = scale(learn), scale(test_h)
         print(f"scan on {data.name}: {len(x):,} images, {clusters} clusters, {args.heads} heads on "
@@ -854,10 +855,11 @@ def train_heads(args):
         heads = Network(nn.Identity(), cluster_heads(x.shape[1], args.heads, clusters)).to(device)
         best, notes = cluster(args, run, heads, mined, notes, pairs,
                               lambda heads: heads(judges).detach(), truth)
-        net = Network(backbone, cluster_heads(x.shape[1], 1, clusters)).to(device)
+        head = cluster_heads(x.shape[1], 1, clusters)
+        net = Network(backbone.append(scale), head).to(device)
         net.load_state_dict({**net.state_dict(), **best})
         found = clustering(*(net.head(scale(v))[:, 0].detach().softmax(1) for v in (h, test_h)))
-        # The report. Before it labels only serve to print and store accuracies.
+        # The report. So far labels only served to print and store accuracies.
         if data.classes:
             notes["scores"]["SCAN heads"] = score(data, found, clusters)
         same = cluster_scores(by_kmeans.train, found.train)["ari"]
@@ -909,8 +911,8 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 7. What was measured
-# python scan.py, ten kinds of shapes, one CPU thread, ACC on test images. Only --seed 3 was run (0
-# to 2 served to tune): k-means after step 1 .968, after step 2 1.000, after step 3 1.000.
+# python scan.py, ten kinds of shapes, one CPU thread, ACC on test images. Seeds 0
+# to 2 served to tune. Seed 3: k-means after step 1 .968, after step 2 1.000, after step 3 1.000.
 # python scan.py --pretext mobilenet_v2, with torchvision's weights, learned from ImageNet's labels;
 # mean of --seed 0, 1, 2 (photographs: seed 0), ACC on the images that were learned from.
 #                                                    pixels, k-means   features, k-means   heads

@@ -13,8 +13,8 @@ the training: an image is pushed away only from images of other clusters. Its cl
 twice, by the images that it resembles and by the boundaries of a classifier. A loss makes the two
 agree, and their product chooses the image's cluster for the steps that follow.
 
-         view 1              .--> the batch: the other view | images of other clusters    L_sem
-        /      \      g -> z +--> the memory M: own row, P_i | rows of other clusters   w L_sem
+         view 1              .--> the batch: pull the other view, push other clusters     L_sem
+        /      \      g -> z +--> the memory M: pull own row, P_i, push other clusters  w L_sem
     image       -> f <       '--> the memory M: votes of its clusters -> pv --.
         \      /      |                                                        +- agree  a L_con
          view 2       W --------> boundaries of the classifier -------> ps --<
@@ -53,10 +53,10 @@ Choices of ours, which may differ from the paper
     D4  W is fitted to the first clusters, by logistic regression, before it takes part.
     D5  P_i is found once, with the first clusters, and not in each step.
     D6  A cluster votes by the mean of its members. By their sum, large clusters win by size.
-    D7  L_bal, an even use of the clusters, is not in the abstract. Views, optimizer: ours too.
+    D7  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
-    python scl.py                    # ten kinds of shapes; --dataset cifar10 is meant for one GPU
-    ACC, mean of seeds 0, 1, 2: .971 by pv, .969 by k-means on h of the same networks (section 6).
+    python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run
+    shapes, mean of seeds 0, 1, 2: ACC .971 by pv, .969 by k-means on h (section 6)
 """
 import copy
 import math
@@ -75,15 +75,15 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 # 1. The loss
 # Anchors are the 2B views of the batch. Candidates are the same views, or the N rows of the memory.
 #    For each of the two, one product gives the cosines and one softmax gives e; the rest is read
-#    off e. In this section B counts anchors; N and m_j are the candidates.
+#    off e. In the formulas B counts anchors, and N and m_j are the candidates.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
-# How an anchor is kept from being its own candidate: in the batch it is in its own cluster. Of that
+# How an anchor is kept from being its own candidate: in the batch its e is not used, for of its own
 #    cluster only the other view is pulled, and nothing is pushed. Its row of the memory is pulled,
 #    but has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum, and L_con can be 0 too. Of the losses only L_bal is against it: it is ln K then, its
-#    maximum. It keeps clusters in use by ps, and an empty cluster stays empty: so the start from
+#    maximum. It acts on ps alone. An empty cluster has pv 0 and stays empty: so the start from
 #    k-means (D3) and votes by the mean (D6) matter more. With a = 0 there is no L_bal.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes, and its nearest neighbours are hardly ever among them.
@@ -125,8 +125,8 @@ def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
-    similar. With one cluster it is 0. The smallest float limits it to 87, which cosines reach only
-    if tau < .03; there nothing is pulled any more."""
+    similar. With one cluster it is 0. At 87 the smallest float cuts it off and nothing is pulled;
+    cosines reach 87 only if tau < .03."""
     mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
     near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
     pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)              # B
@@ -136,7 +136,7 @@ def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
 
 
 def visual_prediction(votes, clusters):
-    """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the members of cluster k, o_i among them
+    """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k, with o_i
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
     in the mean (D6). votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum to 1;
@@ -166,7 +166,7 @@ def balance_loss(logits):
 
 
 def update_memory(memory, rows, z, momentum):
-    """m_i <- normalise(momentum m_i + (1 - momentum) z_i),   for i in rows
+    """m_i <- v / ||v||,   v = momentum m_i + (1 - momentum) z_i,   for i in rows
 
     memory (N, 128), z (B, 128), of unit length; rows (B,): where the images of z stand in it, all
     different. -> the new memory, without gradient. Momentum 0 keeps the newest, 1 the oldest."""
@@ -278,7 +278,7 @@ def losses(z, logits, rows, memory, clusters, neighbours, args):
     images in the memory (N, 128); its clusters (N,) and neighbours (N, P), both None without
     clusters. -> L, {its terms}, pv and ps (2B, K), None without clusters"""
     b, k, rows = len(rows), logits.shape[1], torch.cat([rows, rows])            # 2B
-    twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view of the image
+    twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view; % b: the image
     e_batch, e = exponentials(z, z, args.tau), exponentials(z, memory, args.memory_tau)
     votes = None if clusters is None else cluster_votes(e, clusters, k, rows)   # 2BxK
     if clusters is None or args.contrast == "instance":            # each image is its own cluster
@@ -303,8 +303,8 @@ def losses(z, logits, rows, memory, clusters, neighbours, args):
 @torch.no_grad()
 def consensus(pv, ps, alpha=1.):
     """argmax_k pv_ik ps_ik, each the mean of an image's two views; if alpha is 0, nothing trains W,
-    and pv alone decides. pv, ps (2B, K) -> clusters (B,), and (B,) K argmax pv + argmax ps, the
-    cell of the image in agreement.png"""
+    and pv alone decides. pv, ps (2B, K) -> clusters (B,) and cells (B,) of agreement.png, which are
+    K argmax pv + argmax ps"""
     pv, ps = (sum(p.chunk(2)) / 2 for p in (pv, ps))                            # BxK each
     return (pv * ps if alpha else pv).argmax(1), pv.argmax(1) * pv.shape[1] + ps.argmax(1)
 
@@ -320,7 +320,8 @@ def predictions(net, h, memory, clusters, tau):
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
-    """Scores of the frozen network and of both predictions beside the baselines; pictures."""
+    """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
+    pictures."""
     k, table = net.classifier.out_features, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
@@ -389,8 +390,8 @@ def train(args):
                     batches(images, index, args.batch_size, views, rng, device)):
                 at, rows = (epoch - first) * per_epoch + i, row[part]
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
-                with autocast(device):                             # one pass: BatchNorm sees both
-                    z, logits = forward(torch.cat([x1, x2]))                    # 2Bx128, 2BxK
+                with autocast(device):
+                    z, logits = forward(torch.cat([x1, x2]))       # one pass: BatchNorm sees both
                 loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, neighbours, args)
                 optimizer.zero_grad()
                 loss.backward()
@@ -412,7 +413,7 @@ def train(args):
                               clusters=int((sizes > 0).sum()), largest=sizes.max().item())
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
                           memory=memory, clusters=clusters, neighbours=neighbours, joint=joint)
-            if record.get("largest", 0) > max(.5, 1.8 / k):        # of two, one may hold 90 %
+            if record.get("largest", 0) > max(.5, 1.8 / k):        # 90 % where K is 2
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
         # 5. The report. Labels are used from here on and never before.
         report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
@@ -431,8 +432,8 @@ if __name__ == "__main__":
 # ACC on test images, python scl.py, seeds 0, 1, 2: by pv .933 .995 .985, by ps .928 .995 .982; by
 #     k-means on h of the same networks .923 .994 .990: its own clusters are no better.
 # Seed 100, one warm-up continued in three ways, ACC by pv and by ps: as it is .993, .990; P_i found
-#     anew in each step .995, .993; --frozen .991, .990. So shapes do not separate them. The first
-#     clusters, k-means on the memory, have .944 on training images, with 1, 20 and 100 restarts.
+#     anew in each step .995, .993; --frozen .991, .990: no difference. The first c, by k-means on
+#     the memory, have .944 on training images, with 1, 20 or 100 restarts.
 # losses() and its gradient take 13 of the 193 ms of a training step with 5,000 rows of the memory,
 #     166 of 332 ms with 50,000: 128 views, one CPU core.
 # Not run: Fashion-MNIST, CIFAR-10, --positives 0, --memory-weight 0, --beta 0, a GPU.
