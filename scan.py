@@ -578,11 +578,12 @@ def cluster(args, run, net, mined, notes, pairs, logits_of, labels):
         for _, x1, x2 in pairs(index, batch, rng):
             with autocast(device):         # two passes: BatchNorm sees images and neighbours apart
                 anchor, neighbour = forward(x1), forward(x2)                    # BxheadsxK each
-            loss, consistency, entropy = each_head(anchor, neighbour, args.entropy_weight)
+            total, consistency, entropy = each_head(anchor, neighbour, args.entropy_weight)
+            loss = total.sum()                                     # over the heads, as released
             optimizer.zero_grad()
-            loss.sum().backward()                                  # over heads, as released
+            loss.backward()
             optimizer.step()
-            meter.add(loss=loss.mean(), consistency=consistency.mean(), entropy=entropy.mean())
+            meter.add(loss=total.mean(), consistency=consistency.mean(), entropy=entropy.mean())
         logits = logits_of(net)                                                     # MxheadsxK
         full = full_loss(logits, mined.judge.long()).cpu()
         head = int(full.argmin())
