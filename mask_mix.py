@@ -538,7 +538,7 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 7. What was measured
-# shapes, test images, one CPU thread, means of seeds 0, 1, 2 (*: 0). kNN; linear; kNN of test images
+# shapes, one CPU thread, means of seeds 0, 1, 2 (*: 0). kNN; linear; kNN of test images that are
 # erased as in training; and erased otherwise (see erased_knn):
 #     python mask_mix.py                             .861  .971  .803  .330
 #     --mask-share 0, mixing alone *                 .954  .997  .539  .304
