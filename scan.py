@@ -128,15 +128,14 @@ def self_label_loss(weak_logits, strong_logits, threshold):
     y_i = argmax softmax(weak_i); i is confident if that maximum > threshold. Only clusters with a
     confident image count. The same as cross-entropy with weights inverse to the numbers of
     confident images in the clusters. weak_logits, strong_logits: (B, K); no gradient flows to the
-    weak ones. -> (loss, number of confident images). Lower is better, >= 0; 0, with a zero
-    gradient, where no image is confident."""
+    weak ones. -> scalar >= 0, lower is better; 0 and without gradient where none is confident."""
     sure, label = weak_logits.detach().softmax(1).max(1)
     confident = sure > threshold
     member = F.one_hot(label, weak_logits.shape[1]) * confident[:, None]        # BxK
     count = member.sum(0)
     each = F.cross_entropy(strong_logits, label, reduction="none")              # B
     per_cluster = (member * each[:, None]).sum(0) / count.clamp(min=1)          # K
-    return per_cluster.sum() / (count > 0).sum().clamp(min=1), confident.sum()
+    return per_cluster.sum() / (count > 0).sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -650,7 +649,7 @@ def self_label(args, run, net, notes, images, labels, views, device):
             if confident:
                 with autocast(device):
                     strong = forward(x2)[:, 0]                                          # BxK
-                loss, _ = self_label_loss(weak, strong, args.threshold)
+                loss = self_label_loss(weak, strong, args.threshold)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -805,14 +804,13 @@ def load_frozen(args, device):
     return backbone.to(device), supervised, statistics, size, key
 
 
-def passing(net, key, args, size, statistics, device):
+def passing(net, key, size, statistics, device):
     """Options of read_data. Images of a folder then pass through net while they are read, and only
-    thumbnails and outputs are kept. Images of a set in memory keep their size; outputs_of passes
-    them through net."""
+    thumbnails and outputs are kept. Images of a set in memory are kept; outputs_of passes them
+    through net. size: of the images; None: their own, since net resizes them."""
     def outputs(images):
         return embed(net, images, statistics, device, batch_size=64).cpu()
-    in_memory = args.dataset in IN_MEMORY
-    return {"image_size": None if in_memory else size, "network": (key, outputs)}
+    return {"image_size": size, "network": (key, outputs)}
 
 
 def outputs_of(data, network):
@@ -826,7 +824,8 @@ def train_heads(args):
     the images are read; only heads learn."""
     device = pick_device(args.device)
     backbone, supervised, statistics, size, key = load_frozen(args, device)
-    options = passing(backbone, key, args, size, statistics, device)
+    own = None if args.dataset in IN_MEMORY else size
+    options = passing(backbone, key, own, statistics, device)
     _, data, index, clusters = prepare(args, FROZEN, **options)
     labels = data.train.labels[index] if data.classes else None
     choose_neighbours(args, len(index), clusters, 50)
@@ -883,9 +882,9 @@ def assign(args):
         raise UserError(f"--assign {one_line(args.assign)}: {one_line(error)}") from None
     key = f"assign-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     name, size, *_, clusters = model["build"]
-    options = passing(net.to(device), key, args, size, statistics, device)
-    if name not in MODELS:                                         # our ResNet fits one size only
-        options["image_size"] = size
+    # Our own ResNet, unlike a model of torchvision, does not resize images.
+    own = None if name in MODELS and args.dataset in IN_MEMORY else size
+    options = passing(net.to(device), key, own, statistics, device)
     # Read as the run read its images.
     data = read_data(args, fit=decoding.get("fit", "crop"), decoding=decoding, **options)
     found = clustering(*(x[:, 0].softmax(1) for x in outputs_of(data, options["network"])))
