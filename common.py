@@ -1294,8 +1294,8 @@ def protocol(table, data):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary file beside path, open for bytes. At the end it is on the disk and gets the name
-    path; after a failure it is removed."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    path; after a failure it is removed. Another process has a temporary file of its own."""
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1440,7 +1440,8 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"{self.name}: another process writes to it") from None
         for name in self.FILES:
-            (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+            for left_by_a_kill in self.folder.glob(f"{name}*.tmp"):
+                left_by_a_kill.unlink(missing_ok=True)
         if self.saved:
             print(f"resuming {self.name} after epoch {self.epoch}")
         self.saved_at = self.ended = time.time()

@@ -19,13 +19,13 @@ agree, and their product chooses the image's cluster for the steps that follow.
         \      /      |                                                        +- agree  a L_con
          view 2       W --------> boundaries of the classifier -------> ps --<
                                                                               '- spread b L_bal
-    after each step, for its images:   M <- M mixed with z,   c <- argmax_k pv_k ps_k (see D2)
+    after each step, for its images:   M <- M mixed with z;   after the warm-up c <- argmax pv ps
 
     what the abstract says                            what stands here
     instance discrimination is blind to classes, so   the warm-up; the baseline is --contrast
       clusters found after it miss their boundaries     instance --alpha 0, then k-means
-    a cluster structure by distance, imposed by a     semantic_contrastive_loss: positives and
-      contrast that knows clusters                      negatives depend on the clusters
+    distances have to show clusters: a contrast       semantic_contrastive_loss: positives and
+      that knows clusters imposes this                  negatives depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
       between clusters have to be consistent            consistency_loss
     hypotheses of the classes, by the consensus       consensus, in every step
@@ -78,13 +78,13 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 #    off e. In the formulas B counts anchors, and N and m_j are the candidates.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
-# How an anchor is kept from being its own candidate: in the batch its e is not used, for of its own
-#    cluster only the other view is pulled, and nothing is pushed. Its row of the memory is pulled,
-#    but has no vote: it would vote for the cluster that the image already has.
+# How an anchor is kept from being its own candidate: in the batch e_ii is not used, for of the own
+#    cluster only the other view is pulled, and no member is pushed. The anchor's row of the memory
+#    is pulled, but has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum, and L_con can be 0 too. Of the losses only L_bal is against it: it is ln K then, its
-#    maximum. It acts on ps alone. An empty cluster has pv 0 and stays empty: so the start from
-#    k-means (D3) and votes by the mean (D6) matter more. With a = 0 there is no L_bal.
+#    maximum. It acts on ps alone. An empty cluster has pv 0, so it stays empty, with L_bal, too:
+#    a good start (D3) and votes by the mean (D6) matter more. With a = 0 there is no L_bal.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes, and its nearest neighbours are hardly ever among them.
 #    Why a batch beside the memory: its embeddings are new and have gradients; rows are old.
@@ -125,8 +125,8 @@ def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
-    similar. With one cluster it is 0. At 87 the smallest float cuts it off and nothing is pulled;
-    cosines reach 87 only if tau < .03."""
+    similar. With one cluster it is 0. It is at most 87, -ln of the smallest float, and has no
+    gradient there; only a tau below .03 can lead so far, since cosines differ by 2 at most."""
     mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
     near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
     pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)              # B
@@ -136,11 +136,12 @@ def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
 
 
 def visual_prediction(votes, clusters):
-    """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k, with o_i
+    """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
-    in the mean (D6). votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum to 1;
-    an empty cluster gets 0."""
+    in the mean (D6). n_k counts the anchor's own row, which has no vote: one n serves all anchors,
+    and the error is 1/n_k. votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum
+    to 1; an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
     size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
     mean = votes / size.clamp(min=1)                                            # BxK
@@ -310,18 +311,19 @@ def consensus(pv, ps, alpha=1.):
 
 
 def predictions(net, h, memory, clusters, tau):
-    """Features (M, D) of un-augmented images -> pv, ps (M, K). All rows of the memory vote."""
+    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote: test images have no
+    row of their own."""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
                        for z in net.embedding(h).split(256)])
-    return visual_prediction(votes, clusters), net.classifier(h).softmax(1)     # MxK each
+    return visual_prediction(votes, clusters), net.classifier(h).softmax(1)     # BxK each
 
 
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
     """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
-    pictures."""
+    pictures. Which prediction is the result the abstract does not say: clusters.csv has pv."""
     k, table = net.classifier.out_features, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
@@ -432,8 +434,8 @@ if __name__ == "__main__":
 # ACC on test images, python scl.py, seeds 0, 1, 2: by pv .933 .995 .985, by ps .928 .995 .982; by
 #     k-means on h of the same networks .923 .994 .990: its own clusters are no better.
 # Seed 100, one warm-up continued in three ways, ACC by pv and by ps: as it is .993, .990; P_i found
-#     anew in each step .995, .993; --frozen .991, .990: no difference. The first c, by k-means on
-#     the memory, have .944 on training images, with 1, 20 or 100 restarts.
+#     anew in each step .995, .993; --frozen .991, .990: no difference. The c that --frozen keeps
+#     are right for .944 of the training images, with 1, 20 or 100 restarts; votes mend the rest.
 # losses() and its gradient take 13 of the 193 ms of a training step with 5,000 rows of the memory,
 #     166 of 332 ms with 50,000: 128 views, one CPU core.
 # Not run: Fashion-MNIST, CIFAR-10, --positives 0, --memory-weight 0, --beta 0, a GPU.

@@ -478,7 +478,7 @@ def test_a_tail_that_leaves_too_few_images_is_refused_before_anything_is_written
 @pytest.mark.parametrize("flags, collapses", [(["--mu", "0"], True), ([], False)])
 def test_the_swap_alone_collapses_and_the_identity_prevents_it(flags, collapses, tmp_path, capsys,
                                                                short_report):
-    # Alike but for L_id. Alone, the swap agrees on giving every image the same assignment.
+    # Alike but for L_id. Alone, the swap lets the scores shrink until all assignments are uniform.
     run(tmp_path / "run", "--epochs", "50", *flags)
     assert ("WARNING: collapse" in capsys.readouterr().out) == collapses
 

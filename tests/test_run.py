@@ -112,12 +112,24 @@ def test_a_single_file_of_a_run_is_enough_to_refuse_a_new_one(tmp_path, file):
     assert contents(tmp_path) == {file: b"{}"}
 
 
+def test_two_programs_may_write_the_same_file_at_once(tmp_path):
+    path, pid = tmp_path / "cache.pt", os.getpid()
+    with common.replacing(path) as ours:
+        ours.write(b"ours")
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(os, "getpid", lambda: pid + 1)
+            with common.replacing(path) as theirs:
+                theirs.write(b"theirs")
+        assert path.read_bytes() == b"theirs"
+    assert path.read_bytes() == b"ours" and contents(tmp_path) == {"cache.pt": b"ours"}
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
-    for name in ("thesis.tmp", "notes.txt", "checkpoint.pt.tmp"):  # the last is one of ours
+    for name in ("thesis.tmp", "notes.txt", "checkpoint.pt.7.tmp"):  # the last is one of ours
         (tmp_path / name).write_text("mine")
     end(tmp_path, images_of())
     assert (tmp_path / "thesis.tmp").exists() and (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "checkpoint.pt.tmp").exists()
+    assert not (tmp_path / "checkpoint.pt.7.tmp").exists()
 
 
 def test_resume_continues_after_the_last_epoch(tmp_path):
@@ -572,7 +584,7 @@ def test_a_kill_before_or_between_the_renames_of_a_save_can_be_resumed(tmp_path,
         with pytest.raises(Killed):
             epoch(run, 3)
         monkeypatch.setattr(os, "replace", replace)
-        (folder / "checkpoint.pt.tmp").write_bytes(b"half of it")
+        (folder / "checkpoint.pt.7.tmp").write_bytes(b"half of it")
     assert resumed(folder) == (2, 2.)
     assert not list(folder.glob("*.tmp")) and [r["epoch"] for r in log_of(folder)] == [1, 2]
     with open_run(folder, resume=True) as run:
