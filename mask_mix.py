@@ -77,7 +77,8 @@ from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError,
 #
 # What prevents collapse? Not the loss: equal outputs in one direction would make it 0. But the
 # target receives no gradient, it follows the online network slowly, only the online network has a
-# predictor q, and the last BatchNorm of g centres the targets: no constant output survives.
+# predictor q, and the last BatchNorm of g centres the targets, before they get unit length: so an
+# output that is the same for all images does not survive.
 
 
 def regression_loss(p, t):
@@ -148,8 +149,8 @@ def random_mask(images, ratio, cells, generator, share=1., fill=0.):
     """u = images; of a grid of cells x cells squares, round(ratio cells^2) erased in all channels.
 
     images: (B, C, H, W) -> the same shape. Each image is masked with probability `share`, in
-    squares of its own. generator: a CPU one. fill: what is put there; 0 is the mean colour of
-    normalised images. Black would be a stronger mark, which the network could learn to look for."""
+    squares of its own. generator: a CPU one. fill: a number, or a tensor of a colour for each; 0 is
+    the mean colour of normalised images. Black would be a mark that the network could look for."""
     b, _, height, width = images.shape
     erased = torch.rand(b, cells**2, generator=generator).argsort(1) < round(ratio * cells**2)
     erased &= torch.rand(b, 1, generator=generator) < share
@@ -235,18 +236,18 @@ def losses(online, target, v, u, lam, args):
         mixed = mix_features(h.float(), lam, partner)
         p, p_mix = (online.predictor(online.projector(x)).float() for x in (h, mixed))
     l_g = regression_loss(p, t)
-    l_f = mixed_regression_loss(p_mix, t, lam, partner)
+    l_f = mixed_regression_loss(p_mix, t, lam, partner)            # at w_f = 0 only a gauge
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
-    # The lowest L_g of a prediction that ignores its input: near it nothing is learned, however
-    # steadily the loss falls.
+    # The lowest L_g of a prediction that ignores its input: 2 if unit targets point everywhere, and
+    # less if they share a direction, as at first. Near it, a falling L_g means nothing.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
 
 @torch.no_grad()
 def erased_knn(backbone, data, statistics, args, device):
-    """kNN accuracies of erased test images; complete training images vote. First with the mask of
-    training, then with another grid, share and fill: ten of 5 x 5 cells, in a random colour."""
+    """kNN accuracies of test images, all of them erased; complete training images vote. First with
+    the ratio, grid and fill of training, then with others: ten of 5 x 5 cells, random colours."""
     rng, test, known = generator(args.seed, 0, "erased"), data.test.images, data.train.labels >= 0
     bank = embed(backbone, data.train.images[known], statistics, device)
     colour = torch.randint(256, (len(test), 3, 1, 1), generator=rng)        # images are 0 to 255
@@ -318,7 +319,7 @@ def train(args):
         target.predictor = nn.Identity()
         untrained = copy.deepcopy(online.backbone)                 # a baseline of the report
         slow = [*online.backbone.parameters(), *online.projector.parameters()]
-        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}   # set_lr
+        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}   # x lr
         optimizer = torch.optim.SGD([{"params": slow}, fast], args.lr, momentum=.9,
                                     weight_decay=args.weight_decay, fused=True)
         images = to_device(data.train.images, device)
@@ -432,8 +433,8 @@ def average_precision(found, truth, threshold):
 
 
 def read_backbone(folder, trained=True):
-    """The folder of a finished run, of any of our four scripts -> its backbone, or an untrained one
-    of the same shape, and (mean, std) of its images. Raises UserError where there is none."""
+    """The folder of a finished run, of this script or of the three others -> its backbone, or an
+    untrained one of the same shape, and (mean, std) of its images. Raises UserError."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
         net = resnet18(result["size"], *(result["settings"][k] for k in ("width", "stem_stride")))
