@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
         add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
         add("--train-size", type=number(int, 2), help="learn from so many, balanced")
-        add("--width", type=number(int, 8, 512), default=64, help="channels of the first stage")
+        add("--width", type=number(int, 16, 512), default=64, help="channels of the first stage")
         add("--stem-stride", type=number(int, 1, 2), default=1, help="2: half the size, faster")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")

@@ -16,7 +16,7 @@ the same command goes on. rows.md holds all that was found, as rows for the READ
 
 Flags that are not known here go to all four scripts:
 
-    python tests/benchmark.py --all --dataset shapes --minutes 1 --width 8 --stem-stride 2
+    python tests/benchmark.py --all --dataset shapes --minutes 1 --width 16 --stem-stride 2
 """
 import argparse
 import contextlib

@@ -10,7 +10,7 @@ from accelerator import DEVICE, ROOT, Accelerator
 
 import common
 
-TINY = "--batch-size 32 --width 8 --stem-stride 2 --epochs {0}"
+TINY = "--batch-size 32 --width 16 --stem-stride 2 --epochs {0}"
 FLAGS = {"identitize": TINY + " --clusters-head 16", "mask_mix": TINY + " --mask-share .5",
          "scl": TINY, "scan": TINY + " --cluster-epochs {0} --self-label-epochs {0} --threshold .1 "
                                      "--unsafe go"}
@@ -188,7 +188,7 @@ def test_one_command_fills_every_row_of_the_benchmark_and_goes_on_where_it_stopp
         device, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "rate", lambda work, images, device: (work(), images)[1])
     argv = ["--all", "--dataset", "shapes", "--minutes", "0", "--epochs", "2", "--out",
-            str(tmp_path), "--width", "8", "--stem-stride", "2", "--batch-size", "100"]
+            str(tmp_path), "--width", "16", "--stem-stride", "2", "--batch-size", "100"]
     benchmark.main(argv)
     table = (tmp_path / "rows.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]

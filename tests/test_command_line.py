@@ -54,7 +54,7 @@ def pictures(folder, count=12, classes=2):
     return folder
 
 
-SMALL = {script: "--width=8 --batch-size=4 --epochs=1 --image-size=16 --device=cpu".split()
+SMALL = {script: "--width=16 --batch-size=4 --epochs=1 --image-size=16 --device=cpu".split()
          for script in SCRIPTS}
 SMALL["scan"] += """--cluster-epochs=1 --cluster-batch=4 --self-label-epochs=1 --self-label-batch=4
     --neighbours=2 --unsafe=go""".split()
@@ -322,24 +322,24 @@ def test_a_run_folder_that_is_a_file_or_under_one_is_refused(script, place, refu
 # ------------------------------------------------------------------------------------------------
 # Sound files that are not ours
 
-def weights(width=8, **changed):
+def weights(width=16, **changed):
     torch.manual_seed(0)
     return {**common.resnet18(16, width).state_dict(), **changed}
 
 
-CONV = torch.randn(8, 3, 3, 3)
+CONV = torch.randn(16, 3, 3, 3)
 BACKBONES = {
     "empty": b"", "text": b"no checkpoint", "missing": None, "a list": [1, 2], "a number": 3,
-    "no tensors": {"conv1.weight": "x"}, "no names": {1: CONV}, "of another width": weights(16),
+    "no tensors": {"conv1.weight": "x"}, "no names": {1: CONV}, "of another width": weights(32),
     "NaN": weights(**{"conv1.weight": CONV * float("nan")}),
-    "infinite": weights(**{"bn1.running_var": torch.full((8,), float("inf"))}),
+    "infinite": weights(**{"bn1.running_var": torch.full((16,), float("inf"))}),
     "complex": weights(**{"conv1.weight": CONV.to(torch.complex64)}),
     "sparse": weights(**{"conv1.weight": CONV.to_sparse()}),
     "meta": weights(**{"conv1.weight": CONV.to("meta")}),
-    "of another shape": weights(**{"layer4.1.bn2.weight": torch.ones(63)}),
+    "of another shape": weights(**{"layer4.1.bn2.weight": torch.ones(127)}),
     "a part missing": {k: v for k, v in weights().items() if k != "layer4.1.bn2.bias"}}
 RESULTS = [b"", b"no json", b"[1, 2]", b"{}", b"3", b'"text"', b"\xff\xfe\0", b"[" * 9999,
-           b'{"settings": 3, "dataset": "pets"}', b'{"size": "big", "settings": {"width": 8}}']
+           b'{"settings": 3, "dataset": "pets"}', b'{"size": "big", "settings": {"width": 16}}']
 
 
 def put(path, content):
@@ -358,7 +358,7 @@ def test_a_backbone_that_is_none_is_refused(what, refused, tmp_path):
     assert "backbone.pt" in refused("scan", *SMALL["scan"], "--dataset", tmp_path / "pets",
                                     "--pretext", tmp_path / "other" / "backbone.pt")
     (tmp_path / "other" / "result.json").write_text(json.dumps(
-        {"size": 16, "settings": {"width": 8, "stem_stride": 1}, "mean": [.5] * 3, "std": [1] * 3}))
+        {"size": 16, "mean": [.5] * 3, "std": [1] * 3, "settings": {"width": 16, "stem_stride": 1}}))
     assert "other" in refused("mask_mix", "--detect", tmp_path / "other")
 
 

@@ -158,11 +158,11 @@ def test_precision_at_a_recall_is_the_best_at_that_recall_or_more():
 
 def finished_run(folder, without=()):
     """The two files of a finished run that a detector is built from. -> the backbone's tensors"""
-    state = common.resnet18(32, 8, 2).state_dict()
+    state = common.resnet18(32, 16, 2).state_dict()
     saved = {k: v for k, v in state.items() if k not in without}
     common.save_atomically(folder / "backbone.pt", saved)
     (folder / "result.json").write_text(json.dumps({
-        "size": 32, "settings": {"width": 8, "stem_stride": 2}, "mean": [.1, .2, .3],
+        "size": 32, "settings": {"width": 16, "stem_stride": 2}, "mean": [.1, .2, .3],
         "std": [.4, .5, .6]}))
     return state
 
@@ -188,7 +188,7 @@ def test_a_backbone_file_that_lacks_a_tensor_is_refused(tmp_path):
 
 
 def test_a_detector_holds_every_tensor_of_its_backbone_and_trains_all_of_them():
-    backbone = common.resnet18(32, 8, 2)
+    backbone = common.resnet18(32, 16, 2)
     with torch.no_grad():
         for tensor in backbone.state_dict().values():              # buffers too
             tensor.add_(1 if tensor.dtype == torch.int64 else torch.rand_like(tensor))
@@ -200,7 +200,7 @@ def test_a_detector_holds_every_tensor_of_its_backbone_and_trains_all_of_them():
 
 
 def test_batchnorm_of_the_backbone_is_trained_not_frozen():
-    model = make_detector(common.resnet18(32, 8, 2), STATISTICS).train()
+    model = make_detector(common.resnet18(32, 16, 2), STATISTICS).train()
     images, truth = draw_scenes(2, 96, 0)
     before = model.backbone.body.bn1.running_mean.clone()
     sum(model(list(images.float() / 255), truth).values()).backward()
@@ -210,7 +210,7 @@ def test_batchnorm_of_the_backbone_is_trained_not_frozen():
 
 
 def test_every_parameter_of_the_backbone_gets_a_gradient():
-    model = make_detector(common.resnet18(32, 8, 2), STATISTICS).train()
+    model = make_detector(common.resnet18(32, 16, 2), STATISTICS).train()
     images, truth = draw_scenes(2, 96, 0)
     sum(model(list(images.float() / 255), truth).values()).backward()
     without = [k for k, p in model.backbone.body.named_parameters()
@@ -220,7 +220,7 @@ def test_every_parameter_of_the_backbone_gets_a_gradient():
 
 # ---- runs
 
-SMALL = ("--image-size 32 --train-size 64 --width 8 --batch-size 32 --epochs 1 --device cpu "
+SMALL = ("--image-size 32 --train-size 64 --width 16 --batch-size 32 --epochs 1 --device cpu "
          "--stem-stride 2").split()
 
 

@@ -477,7 +477,7 @@ def finished(tmp_path_factory):
     root = make(tmp_path_factory.mktemp("own") / "photos", tree("=6"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        identitize.main("--dataset . --clusters 2 --epochs 1 --width 8 --image-size 8 "
+        identitize.main("--dataset . --clusters 2 --epochs 1 --width 16 --image-size 8 "
                         "--batch-size 3 --device cpu".split())
     return root
 

@@ -467,7 +467,7 @@ def test_without_stop_gradient_and_moving_average_everything_collapses():
 
 # ---- runs
 
-SMALL = "--image-size 16 --train-size 128 --width 8 --batch-size 32 --device cpu".split()
+SMALL = "--image-size 16 --train-size 128 --width 16 --batch-size 32 --device cpu".split()
 
 
 @pytest.mark.slow

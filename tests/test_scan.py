@@ -307,7 +307,7 @@ def test_empty_clusters_and_unsure_ones_are_counted_apart():
 
 # ---- the script
 
-TINY = ["--width", "8", "--image-size", "16", "--batch-size", "64", "--epochs", "2",
+TINY = ["--width", "16", "--image-size", "16", "--batch-size", "64", "--epochs", "2",
         "--cluster-epochs", "2", "--cluster-batch", "50", "--self-label-epochs", "2",
         "--self-label-batch", "100", "--threshold", ".11", "--neighbours", "5", "--device", "cpu",
         "--unsafe", "go"]
@@ -502,7 +502,7 @@ def test_a_folder_without_labels_ends_with_a_sheet_for_each_cluster_and_no_score
         Image.fromarray(pixels).save(photos / f"{i}.png")
     (photos / "broken.jpg").write_bytes(b"not a picture")
     scan.train(scan.parse(["--dataset", str(photos), "--data-dir", str(tmp_path), "--clusters",
-                           "3", "--width", "8", "--epochs", "1", "--cluster-epochs", "2",
+                           "3", "--width", "16", "--epochs", "1", "--cluster-epochs", "2",
                            "--self-label-epochs", "1", "--unsafe", "go", "--out",
                            str(tmp_path / "out"), "--device", "cpu"]))
     text = capsys.readouterr().out

@@ -349,7 +349,7 @@ def test_a_fitted_classifier_votes_for_the_clusters_it_was_given():
 # ------------------------------------------------------------------------------------------------
 # Whole runs, on 300 images
 
-TINY = ("--width 8 --stem-stride 2 --batch-size 32 --image-size 16 --epochs 4 --warmup .5 "
+TINY = ("--width 16 --stem-stride 2 --batch-size 32 --image-size 16 --epochs 4 --warmup .5 "
         "--positives 3 --device cpu").split()
 
 
