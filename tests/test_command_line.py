@@ -357,8 +357,8 @@ def test_a_backbone_that_is_none_is_refused(what, refused, tmp_path):
     pictures(tmp_path / "pets")
     assert "backbone.pt" in refused("scan", *SMALL["scan"], "--dataset", tmp_path / "pets",
                                     "--pretext", tmp_path / "other" / "backbone.pt")
-    (tmp_path / "other" / "result.json").write_text(json.dumps(
-        {"size": 16, "mean": [.5] * 3, "std": [1] * 3, "settings": {"width": 16, "stem_stride": 1}}))
+    (tmp_path / "other" / "result.json").write_text(json.dumps({
+        "size": 16, "settings": {"width": 16, "stem_stride": 1}, "mean": [.5] * 3, "std": [1] * 3}))
     assert "other" in refused("mask_mix", "--detect", tmp_path / "other")
 
 

@@ -447,7 +447,7 @@ def test_more_clusters_than_classes_are_scored_by_majority_vote(few_shapes, tmp_
 def test_a_backbone_of_another_shape_stem_or_size_is_refused(few_shapes, tmp_path):
     run(tmp_path / "a")
     file = str(tmp_path / "a" / "backbone.pt")
-    for more, word in ((["--width", "16"], "width"), (["--stem-stride", "1"], "stem-stride"),
+    for more, word in ((["--width", "32"], "width"), (["--stem-stride", "1"], "stem-stride"),
                        (["--image-size", "32"], "image-size")):
         with pytest.raises(common.UserError, match=word):
             run(tmp_path / "c", "--pretext", file, *more)
