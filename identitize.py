@@ -45,7 +45,7 @@ Choices of ours, which may differ from the paper
     D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
         why. --correlate between trains C. What is printed is of C, as the abstract names C.
     D2  The distance to the identity is linear on the diagonal and squared elsewhere. Squares on
-        both learned no better (section 6).
+        both learned less (section 6).
     D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
         This is a mild balancing of its own. The loss has no term about the sizes of clusters.
     D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. It adds little here.
@@ -394,6 +394,6 @@ if __name__ == "__main__":
 # .880; --swap-weight 1 with the colder targets softmax(2 n): .812. K and lam of shapes were chosen
 # there, with correlation.png in mind: seed 0 has .937; with K 64 and lam .045, .947.
 # CIFAR-10 (JPEG), 10,000 images, tested on 5,000 other training images, --width 16 --stem-stride 2
-# --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 and --lam .02
-# .417 .436.
+# --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 and --lam .02 .417 .436.
+# The same square on shapes, --lam .1, seeds 0, 1, 2: ACC .970 .984 .984, kNN .979 .988 .988.
 # All 50,000 images, 40 epochs: kNN .586, linear .619, ACC .379 (the command is in the README).
