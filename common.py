@@ -959,9 +959,10 @@ def normalise(x, statistics):
 def resnet18(image_size, width=64, stem_stride=1):
     """torchvision's ResNet-18 without its classifier. (B, 3, H, W) -> (B, 8 * width) features
 
-    width: channels of the first stage. At 64 the state_dict loads into torchvision's resnet18 (for
-    images up to 128 px without the stem). stem_stride 2 halves the image: about 3x faster. With
-    ImageNet's 7x7 stem one position would be left of an image of 32 px: that costs many points."""
+    width: channels of the first stage, 16 or more: with fewer torch's backward writes over foreign
+    memory on some CPUs. At 64 the state_dict loads into torchvision's resnet18 (for images up to
+    128 px without the stem). stem_stride 2 halves the image: about 3x faster. With ImageNet's 7x7
+    stem one position would be left of an image of 32 px: that costs many points."""
     net = torchvision.models.resnet18()
     if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
@@ -1005,10 +1006,9 @@ def set_lr(optimizer, lr):
 def batches(images, index, batch_size, views, rng, device):
     """One epoch: shuffle, then yield (batch of index, view, ...), whole batches only.
     views(x, rng) makes a tuple of views of raw images x in [0, 1], for several batches at once:
-    hundreds of images on a CPU (they fit its cache), thousands on a GPU (few launches)."""
+    hundreds of small images on a CPU (they fit its cache), thousands on a GPU (few launches)."""
     order = index[torch.randperm(len(index), generator=rng)]
     order = order[:len(order) // batch_size * batch_size]
-    # Fewer of larger images.
     limit = (4096 if device.type == "cuda" else 512) * 32**2 // max(32, images.shape[-1])**2
     chunk = max(1, limit // batch_size) * batch_size
     for part in order.split(chunk):
@@ -1440,7 +1440,7 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"{self.name}: another process writes to it") from None
         for name in self.FILES:
-            for left_by_a_kill in self.folder.glob(f"{name}*.tmp"):
+            for left_by_a_kill in self.folder.glob(f"{name}.[0-9]*.tmp"):
                 left_by_a_kill.unlink(missing_ok=True)
         if self.saved:
             print(f"resuming {self.name} after epoch {self.epoch}")

@@ -35,7 +35,7 @@ the targets of the other.
     s         s1, s2                       B x K    cluster scores of two views, K = --clusters-head
     n1, n2    n1, n2                       B x K    s1, s2 standardised over the batch, per cluster
     n         n                            B x K    their mean, (n1 + n2) / 2
-    C         c                            K x K    n1^T n2 / B, between the views: only printed
+    C         c                            K x K    n1^T n2 / B, between the views: printed (D1)
     M         m                            K x K    n^T n / B: trained
     P1, P2    p1, p2                       B x K    softmax(n1), softmax(n2)
     mu, w     --mu, --swap-weight                   weights: L = mu L_id + w L_swap

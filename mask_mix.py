@@ -319,7 +319,7 @@ def train(args):
         target.predictor = nn.Identity()
         untrained = copy.deepcopy(online.backbone)                 # a baseline of the report
         slow = [*online.backbone.parameters(), *online.projector.parameters()]
-        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}   # x lr
+        fast = {"params": online.predictor.parameters(), "factor": args.predictor_lr}   # times lr
         optimizer = torch.optim.SGD([{"params": slow}, fast], args.lr, momentum=.9,
                                     weight_decay=args.weight_decay, fused=True)
         images = to_device(data.train.images, device)

@@ -326,12 +326,11 @@ def test_two_runs_of_the_smallest_size_are_the_same_to_the_last_bit(script, dtyp
     assert same(a, b) and len(tensors(a)) > 1
 
 
-@pytest.mark.parametrize("width", [smallest_width("identitize")])
-def test_the_smallest_width_writes_over_no_foreign_memory(width):
+def test_the_smallest_width_writes_over_no_foreign_memory():
     # With fewer than 16 channels torch's float32 backward of a strided 1x1 convolution does, on
     # processors with AVX512 from 48 x 48 positions on. glibc's checks notice it at once.
     code = f"""import torch, common
-net, x = common.resnet18(96, {width}), torch.randn(2, 3, 96, 96)
+net, x = common.resnet18(96, {smallest_width("identitize")}), torch.randn(2, 3, 96, 96)
 for _ in range(5):
     net(x.contiguous(memory_format=torch.channels_last)).sum().backward()"""
     checks = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}

@@ -127,7 +127,7 @@ LAYOUTS = """
   * =4 --labelled                                           | *        |       | left out&4
   train/* train=1 test/* --labelled                         | *        | *     | left out&1
 
-  Katze_ä=2 犬=1 собака=2 קטן=1 it's,"odd"=1 Cat=1 cat=2 | same     |       | собака
+  Katze_ä=2 犬=1 собака=2 קטן=1 it's,"odd"=1 Cat=1 cat=2 | same    |       | собака
   @alice=2 #dogs=1 $100=1 _x=1                              | same
   #1.png @me.png =3                                         | 5
   * SYSTEM Thumbs.db .DS_Store cat/._0.png .x.png           | *
