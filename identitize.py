@@ -4,7 +4,7 @@ After: Jian-Ping Mei, Shixiang Wang, Miaoqi Yu. Self-supervised learning from im
 pairs, no cluster-balancing. Pattern Recognition 159 (2025) 111081. doi 10.1016/j.patcog.2024.111081
 
 This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
-no formula here is quoted and no figure of the paper is claimed. What we chose is numbered (D1...).
+no formula here is quoted and no number of the paper is claimed. What we chose is numbered (D1...).
 Someone with the paper at hand should be able to correct one function and keep the others.
 
 The idea. Two views of an image get a score for each of K clusters. Over a batch of B images, the
@@ -43,7 +43,7 @@ the targets of the other.
 
 Choices of ours, which may differ from the paper
     D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
-        why. --correlate between trains C. What is printed is of C, as the abstract names C.
+        why. --correlate between trains C. The log shows C, as in the abstract, the picture M.
     D2  The distance to the identity is linear on the diagonal and squared elsewhere. Squares on
         both learned less (section 6).
     D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
@@ -385,15 +385,16 @@ if __name__ == "__main__":
 #     --epochs 8                             .963  .983  .995
 #     --epochs 8 --correlate between **      .684  .884  .969
 #     --epochs 8 --mu 0 --swap-weight 1 **   .139  .228  .274: it collapses
-# kNN with batches of 16, 32, 128, 512 and --lr 2e-3 sqrt(B / 32), seed 0 (.992 .995: means above):
-#     in 12 epochs, equal images             .992 .995 .990 .868   rival: .992 .989 .927 .358
-#     in 624 steps, --epochs 2, 4, 16, 69    .717 .883 .990 .999   rival: .297 .304 .976 .999
-# A tail of 100 keeps a quarter of the images: 48 epochs of it have the steps of 12 of all images.
-# --mu 0: the scores shrink until the 1e-5 of standardise leaves n near 0, and P is uniform.
-# On other drawings, with --epochs 4, kNN, mean of seeds 0, 1, 2: default .877; --swap-weight 0:
-# .880; --swap-weight 1 with the colder targets softmax(2 n): .812. K and lam of shapes were chosen
-# there, with correlation.png in mind: seed 0 has .937; with K 64 and lam .045, .947.
-# CIFAR-10 (JPEG), 10,000 images, tested on 5,000 other training images, --width 16 --stem-stride 2
-# --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 and --lam .02 .417 .436.
-# The same square on shapes, --lam .1, seeds 0, 1, 2: ACC .970 .984 .984, kNN .979 .988 .988.
+# kNN with B = 16, 32, 128, 512 and --lr 2e-3 sqrt(B / 32), seed 0 (first two: means, see above):
+#     12 epochs each                         .992 .995 .990 .868   rival: .992 .989 .927 .358
+#     624 steps each, --epochs 2, 4, 16, 69  .717 .883 .990 .999   rival: .297 .304 .976 .999
+# --imbalance 100 keeps a quarter of the images: 48 epochs take the steps of 12 with all images.
+# --mu 0: s shrinks below the 1e-5 of standardise, so n goes to 0 and P becomes uniform.
+# Other shapes, drawn with another seed, --epochs 4, kNN, mean of seeds 0, 1, 2: default .877;
+# --swap-weight 0: .880; --swap-weight 1, with softmax(2 n) as targets alone: .812. K 16 and lam .2
+# were chosen there, so that correlation.png can be read: K 64 and lam .045 give a little more.
+# CIFAR-10 (saved as JPEG), 10,000 images, tested on 5,000 other training images, --width 16
+# --stem-stride 2 --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 in place
+# of 1 - M_kk, and --lam .02: .417 .436.
 # All 50,000 images, 40 epochs: kNN .586, linear .619, ACC .379 (the command is in the README).
+# (1 - M_kk)^2 on shapes, --lam .1, seeds 0, 1, 2: ACC .970 .984 .984, kNN .979 .988 .988.

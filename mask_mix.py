@@ -4,7 +4,7 @@ After: Guiyu Li, Jun Yin. Random image masking and in-batch feature mixing for s
 learning. Expert Systems with Applications 264 (2025) 125898. doi 10.1016/j.eswa.2024.125898
 
 This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
-no formula here is quoted and no figure of the paper is claimed. What we chose is numbered (D1...).
+no formula here is quoted and no number of the paper is claimed. What we chose is numbered (D1...).
 Someone with the paper at hand should be able to correct one function and keep the others.
 
 The idea. BYOL pushes no images apart: from one view of an image an online network predicts what a
@@ -545,7 +545,7 @@ if __name__ == "__main__":
 #     --mask-share 0, mixing alone *                 .954  .997  .539  .304
 #     --mask-share 0 --mix-weight 0, BYOL            .920  .994  .417  .270
 #     raw pixels                                     .706   -    .639  .426
-# CIFAR-10 (JPEG), half an hour of one CPU core each, seed 0, by the commands in the README:
+# CIFAR-10 (saved as JPEG), half an hour of one CPU core, seed 0, commands in the README:
 #     both additions                                 .534  .581  .495  .258
 #     BYOL                                           .535  .591  .351  .245
 #     raw pixels                                     .412   -    .399  .234

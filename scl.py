@@ -4,7 +4,7 @@ After: Jiabo Huang, Shaogang Gong. Deep Clustering by Semantic Contrastive Learn
 arXiv 2103.02662
 
 This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
-no formula here is quoted and no figure of the paper is claimed. What we chose is numbered (D1...).
+no formula here is quoted and no number of the paper is claimed. What we chose is numbered (D1...).
 Someone with the paper at hand should be able to correct one function and keep the others.
 
 The idea. Instance discrimination pushes every image away from every other image, also from those of
@@ -24,11 +24,11 @@ agree, and their product chooses the image's cluster for the steps that follow.
     what the abstract says                            what stands here
     instance discrimination is blind to classes, so   the warm-up; the baseline is --contrast
       clusters found after it miss their boundaries     instance --alpha 0, then k-means
-    distances have to show clusters: a contrast       semantic_contrastive_loss: positives and
-      that knows clusters imposes this                  negatives depend on the clusters
+    distances should follow clusters: a contrastive   semantic_contrastive_loss: positives and
+      loss that knows clusters does this                negatives depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
       between clusters have to be consistent            consistency_loss
-    hypotheses of the classes, by the consensus       consensus, in every step
+    the classes are guessed by the consensus          consensus, in every step
 
     symbol    in the code      shape     meaning (B images in a batch, N in all, K clusters)
     h         h                2B x D    backbone features of both views, D = 8 * --width
@@ -55,7 +55,7 @@ Choices of ours, which may differ from the paper
     D6  A cluster votes by the mean of its members. By their sum, large clusters win by size.
     D7  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
-    python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run
+    python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run on one
     shapes, mean of seeds 0, 1, 2: ACC .971 by pv, .969 by k-means on h (section 6)
 """
 import copy
@@ -78,13 +78,13 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 #    off e. In the formulas B counts anchors, and N and m_j are the candidates.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
-# How an anchor is kept from being its own candidate: in the batch e_ii is not used, for of the own
-#    cluster only the other view is pulled, and no member is pushed. The anchor's row of the memory
+# How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
+#    the other view is pulled and only other clusters are pushed. The anchor's row of the memory
 #    is pulled, but has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
-#    minimum, and L_con can be 0 too. Of the losses only L_bal is against it: it is ln K then, its
-#    maximum. It acts on ps alone. An empty cluster has pv 0, so it stays empty, with L_bal, too:
-#    a good start (D3) and votes by the mean (D6) matter more. With a = 0 there is no L_bal.
+#    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
+#    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
+#    in spite of it: a good start (D3) and votes by the mean (D6) matter more. Without a: no L_bal.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes, and its nearest neighbours are hardly ever among them.
 #    Why a batch beside the memory: its embeddings are new and have gradients; rows are old.
@@ -125,8 +125,9 @@ def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
-    similar. With one cluster it is 0. It is at most 87, -ln of the smallest float, and has no
-    gradient there; only a tau below .03 can lead so far, since cosines differ by 2 at most."""
+    similar. With one cluster it is 0. Where pulled_i is below the smallest float, e^-87, it is set
+    to that and has no gradient; only a tau below .03 leads so far, as cosines differ by 2 at most.
+    """
     mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
     near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
     pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)              # B
@@ -139,9 +140,9 @@ def visual_prediction(votes, clusters):
     """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
-    in the mean (D6). n_k counts the anchor's own row, which has no vote: one n serves all anchors,
-    and the error is 1/n_k. votes S (B, K), clusters c (N,) of the candidates. -> (B, K), rows sum
-    to 1; an empty cluster gets 0."""
+    in the mean (D6). n_k counts the anchor's own row, which has no vote: so one n serves all
+    anchors, and the own cluster counts too little by a share 1/n_k. votes S (B, K), clusters c (N,)
+    of the candidates. -> (B, K), rows sum to 1; an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
     size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
     mean = votes / size.clamp(min=1)                                            # BxK
@@ -169,8 +170,9 @@ def balance_loss(logits):
 def update_memory(memory, rows, z, momentum):
     """m_i <- v / ||v||,   v = momentum m_i + (1 - momentum) z_i,   for i in rows
 
-    memory (N, 128), z (B, 128), of unit length; rows (B,): where the images of z stand in it, all
-    different. -> the new memory, without gradient. Momentum 0 keeps the newest, 1 the oldest."""
+    memory (N, 128); z (B, 128): the mean of an image's two views, both of unit length; rows (B,):
+    the images' rows in it, all different. -> the new memory, without gradient. Momentum 0 keeps the
+    newest, 1 the oldest."""
     mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
     return memory.index_copy(0, rows, F.normalize(mixed, dim=1))
 
@@ -311,8 +313,8 @@ def consensus(pv, ps, alpha=1.):
 
 
 def predictions(net, h, memory, clusters, tau):
-    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote: test images have no
-    row of their own."""
+    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote. For training images
+    that includes their own row: only here, where nothing is chosen or trained by it."""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
                        for z in net.embedding(h).split(256)])
@@ -323,7 +325,7 @@ def predictions(net, h, memory, clusters, tau):
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
     """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
-    pictures. Which prediction is the result the abstract does not say: clusters.csv has pv."""
+    pictures. The abstract does not say which prediction is the result: clusters.csv has pv."""
     k, table = net.classifier.out_features, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
@@ -438,6 +440,6 @@ if __name__ == "__main__":
 #     are right for .944 of the training images, with 1, 20 or 100 restarts; votes mend the rest.
 # losses() and its gradient take 13 of the 193 ms of a training step with 5,000 rows of the memory,
 #     166 of 332 ms with 50,000: 128 views, one CPU core.
-# CIFAR-10 (JPEG), 13 epochs, half an hour of a CPU core, seed 0, by the command in the README: .350
+# CIFAR-10 (saved as JPEG), 13 epochs, half an hour of a CPU core, seed 0, command in the README: .350
 #     by pv, .348 by ps and by k-means on h; kNN .494. SimCLR in the same time: .374, kNN .586.
 # Not run: Fashion-MNIST, --positives 0, --memory-weight 0, --beta 0, a GPU.

@@ -197,6 +197,7 @@ def test_without_labels_there_are_sheets_and_the_agreement_with_k_means(
     text = capsys.readouterr().out
     assert not found["labels_seen"] and "count as learned without labels" in text
     assert "ARI of" in text and "ACC" not in text and (tmp_path / "a" / "sheets").is_dir()
+    assert "--threshold" not in text               # that of step 3, which heads alone do not have
 
 
 @pytest.mark.slow

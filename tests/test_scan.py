@@ -438,7 +438,7 @@ def test_a_run_made_with_a_pretext_file_goes_on_without_the_file(
 
 @pytest.mark.slow
 def test_more_clusters_than_classes_are_scored_by_majority_vote(few_shapes, tmp_path):
-    run(tmp_path / "a", "--clusters", "20", "--heads", "3", "--select", "test")
+    run(tmp_path / "a", "--clusters", "20", "--heads", "3")
     found = result(tmp_path / "a")
     assert found["scores"]["SCAN loss"]["rule"] == "majority vote" and len(found["map"]) == 20
 
