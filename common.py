@@ -45,6 +45,7 @@ from scipy.special import comb
 from scipy.stats import entropy
 from torch import nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.transforms.functional import rgb_to_grayscale as grey
 
 # ------------------------------------------------------------------------------------------------
 # 1. Failing well, and the flags that all scripts share
@@ -127,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
         add("--train-size", type=number(int, 2), help="learn from so many, balanced")
         add("--width", type=number(int, 16, 512), default=64, help="channels of the first stage")
-        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: half the size, faster")
+        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: faster, up to 128 px")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
         add("--compile", action="store_true", help="torch.compile: slow to start")
@@ -264,7 +265,7 @@ def load_dataset(name, data_dir="data", image_size=None, **options):
     """A dataset by name, or a folder of images by path. -> Dataset, on the CPU
 
     data_dir: for downloads and decoded images; for imagenet10 and imagenet-dogs ImageNet itself.
-    image_size: side in pixels; None: the dataset's own. options: of folders, see _folder. Raises
+    image_size: side in pixels; None: the dataset's own. options: see _folder and read_files. Raises
     UserError for an unknown name, an unusable folder, a failed download."""
     data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
     if name == "shapes":
@@ -421,9 +422,9 @@ def read_data(args, **options):
 
 
 def prepare(args, defaults, **options):
-    """How every script starts: whatever can be checked is checked before anything is written.
+    """How every script starts: what can be checked is checked before the run folder is made.
 
-    options: see read_data. -> device, Dataset, index (n,) of the training images to learn from,
+    options: see load_dataset. -> device, Dataset, index (n,) of the training images to learn from,
     number of clusters. Prints the settings that `defaults` chose. Raises UserError for what the
     data cannot give."""
     device, data = pick_device(args.device), read_data(args, **options)
@@ -493,7 +494,7 @@ def pixel_statistics(images):
 # ------------------------------------------------------------------------------------------------
 # 4. Folders: the user's own images. The rules, in this order, for the files that can be read:
 #      hidden and system files, folders that hold a run, --out and --data-dir are never data;
-#      a folder in which only one folder holds images is read from that folder;
+#      a folder whose images all lie in one of its folders is read from that one;
 #      train, test and val are splits where no other folder lies beside them, otherwise classes;
 #      test is used, else val; if the training images have class folders, it must have them, too;
 #      a single class means no labels.
@@ -504,7 +505,7 @@ SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", 
           "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"}
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
-MAX_PIXELS = 100_000_000                  # a larger picture is refused: it may be a bomb
+MAX_PIXELS = 100_000_000                  # a larger picture is refused: a small file can be huge
 
 
 def find_files(root, skip):
@@ -594,15 +595,15 @@ def layout(root, every, files, labelled, known):
     classes, chosen = class_of(groups["train"], depth, labelled, known), None
     names = set(classes.values()) - {None}
     if len(names) == 1:
-        print(f"  all training images are in one folder, {one_line(names.pop())}: that is no label")
-        classes = dict.fromkeys(classes)
+        print(f"  all training images are in one folder, {one_line(*names)}: that is no label")
+        classes, names = dict.fromkeys(classes), set()
     deeper = {part for f, label in classes.items() if names
               for part in f[f.index(label, depth) + 1:-1] if part.lower() in SPLITS}
     if deeper:                             # cats/train, cats/test, dogs/train, ...
         print(f"  inside class folders, not taken as splits: {', '.join(sorted(deeper))}")
     found = {f: ("train", label) for f, label in classes.items()}
     for role in [role for role in ("test", "val") if role in groups]:
-        inner = class_of(groups[role], depth, labelled, names)
+        inner = class_of(groups[role], depth, labelled or bool(names), names)
         where, has = groups[role][0][depth - 1], set(inner.values()) != {None}
         if chosen or (names and not has):
             why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
@@ -647,6 +648,8 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     print(f"reading {one_line(root)}")
     skip = [p for p in (out, data_dir) if p and root in Path(os.path.realpath(p)).parents]
     files = find_files(root, skip)
+    if name:                               # another built-in set may lie in ImageNet's folder
+        files = [f for f in files if f[0].lower() in SPLITS]
     source, lines = classes, []
     try:
         if classes:
@@ -692,7 +695,7 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
 def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None, network=None):
     """Decode files (tuples of names below root), or take them from the cache of data_dir.
 
-    decoding   that of another Dataset, to be used again; else it is measured (decode_all)
+    decoding   of another Dataset: its grey and ground are used again; else they are measured
     network    (name, function): only thumbnails of the images are kept, and beside them
                'features', function((B, 3, size, size) uint8) -> (B, D)
     -> what decode_all returns"""
@@ -738,7 +741,7 @@ def levels(image, path):
     """(H, W) or (H, W, 3) levels of an image of more than 8 bits; None for any other image"""
     if image.mode[0] in "IF":
         return np.asarray(image, np.float64)
-    if "16B" in str(image.tile):           # of a colour image Pillow would keep the upper 8 bits
+    if "16B" in str(image.tile):           # colour PNG: Pillow would keep the upper 8 of 16 bits
         with contextlib.suppress(AttributeError, RuntimeError):
             data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
             full = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.UNCHANGED)
@@ -752,9 +755,9 @@ def look(path):
     try:
         with Image.open(path) as image:
             deep, visible, fits = [], [], image.width * image.height <= MAX_PIXELS
-            if fits and levels(image, path) is not None:
-                deep = levels(image, path)
-                deep = deep[np.isfinite(deep)]
+            full = levels(image, path) if fits else None
+            if full is not None:
+                deep = full[np.isfinite(full)]
             elif fits and image.has_transparency_data:
                 grey, alpha = np.moveaxis(np.asarray(image.convert("RGBA").convert("LA")), 2, 0)
                 visible = grey[alpha > 127] if alpha.min() < 255 else []
@@ -775,7 +778,7 @@ def decode(path, size, fit, grey, ground):
             image.draft("RGB", (size, size))                       # JPEG: decode near the target
             deep, square = levels(image, path), (size, size)
             if deep is not None:
-                low, high = grey or (0, 65535)
+                low, high = grey or (0, 65535)                     # None: no level was finite
                 deep = np.nan_to_num((deep - low) / (high - low) * 255, nan=0, posinf=255, neginf=0)
                 image = Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
             image = ImageOps.exif_transpose(image)
@@ -845,7 +848,7 @@ def decode_all(name, paths, size, fit, decoding, network):
 
 # ------------------------------------------------------------------------------------------------
 # 5. Views of a batch (B, 3, H, W) in [0, 1], on its device; every image gets its own draw. A CPU
-#    generator draws the random numbers, so a seed gives the same views everywhere.
+#    generator draws: a seed gives the same views on all CPUs, and others on all GPUs (batches).
 
 def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
     """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, H, W)
@@ -881,11 +884,6 @@ def resized_crop(x, top, left, h, w, flipped):
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def grey(x):
-    """(B, 3, H, W) -> (B, 1, H, W) luminance, with torchvision's weights."""
-    return x[:, :1] * .2989 + x[:, 1:2] * .587 + x[:, 2:] * .114
-
-
 def adjust_brightness(x, factor):
     """factor (B, 1, 1, 1); 1 changes nothing. Clamped to [0, 1], like contrast and saturation."""
     return (x * factor).clamp_(0, 1)
@@ -903,7 +901,7 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by shift (B, 1, 1, 1), in whole turns (-.5 to .5), through HSV."""
+    """Turn the hue by shift (B, 1, 1, 1) from -.5 to .5, where 1 is a full turn, through HSV."""
     r, g, b = x.split(1, 1)
     low, high = torch.minimum(torch.minimum(r, g), b), torch.maximum(torch.maximum(r, g), b)
     chroma = high - low
@@ -961,8 +959,8 @@ def resnet18(image_size, width=64, stem_stride=1):
 
     width: channels of the first stage, 16 or more: with fewer torch's backward writes over foreign
     memory on some CPUs. At 64 the state_dict loads into torchvision's resnet18 (for images up to
-    128 px without the stem). stem_stride 2 halves the image: about 3x faster. With ImageNet's 7x7
-    stem one position would be left of an image of 32 px: that costs many points."""
+    128 px without the stem). stem_stride, up to 128 px: 2 halves the image, about 3x faster. With
+    ImageNet's 7x7 stem one position would be left of 32 px: that costs many points."""
     net = torchvision.models.resnet18()
     if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
@@ -1037,8 +1035,8 @@ class Meter:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluation, the same for all four. Labels choose no weight. They are used here, and by
-#    --train-size, to take equally many images of each class.
+# 8. Evaluation, the same for all four. Labels are used here, and never in training; --train-size
+#    takes equally many images of each class, and --clusters is by default the number of classes.
 
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
@@ -1065,9 +1063,7 @@ def contingency(labels, assignments, classes=0, clusters=0):
     -> (C, K) int64; C and K as large as the numbers found, or as asked for"""
     labels, assignments = np.asarray(labels), np.asarray(assignments)
     shape = max(classes, labels.max() + 1), max(clusters, assignments.max() + 1)
-    table = np.zeros(shape, np.int64)
-    np.add.at(table, (labels, assignments), 1)
-    return table
+    return np.histogram2d(labels, assignments, shape, [(0, n) for n in shape])[0].astype(np.int64)
 
 
 def cluster_scores(labels, assignments, vote_from=None):
@@ -1361,9 +1357,9 @@ def try_step(optimizer):
 
 
 class Run:
-    """The folder of a run, used as a context. epochs: where a method has more than args.epochs.
+    """The folder of a run, used as a context. epochs: of all steps, where that is not args.epochs.
     A checkpoint is written at the end of an epoch, but at most one in INTERVAL seconds, and at the
-    last epoch: a kill costs a minute of work, or one epoch where that is longer."""
+    last epoch: a kill costs at most a minute and one epoch of work."""
     INTERVAL = 60
     FREE = ("resume", "out", "device", "data_dir", "compile")             # may change on resuming
     FILES = ("log.jsonl checkpoint.pt checkpoint.previous.pt backbone.pt pretext.pt model.pt "

@@ -31,7 +31,7 @@ images are mixed, and the prediction of this virtual sample has to lie between t
     v         v = [x1; x2]       2B x 3 x H x W   complete views
     u         u = [u1; u2]       2B x 3 x H x W   the same, masked with probability --mask-share
     f, g, q   Network                             backbone, projector, predictor; ' is the target
-    h         h                  2B x 8w          backbone features of u, w = --width: evaluated
+    h         h                  2B x 8w          backbone features, w = --width
     z, p      p                  2B x 256         projections g(h), predictions q(g(h))
     t         t                  2B x 256         targets g'(f'(v)) of the other view
     lam, pi   lam, partner       2B               an image's share in its mix; the other image
@@ -150,7 +150,7 @@ def random_mask(images, ratio, cells, generator, share=1., fill=0.):
 
     images: (B, C, H, W) -> the same shape. Each image is masked with probability `share`, in
     squares of its own. generator: a CPU one. fill: a number, or a tensor of a colour for each; 0 is
-    the mean colour of normalised images. Black would be a mark that the network could look for."""
+    the mean colour of normalised images. Black would be easy to see."""
     b, _, height, width = images.shape
     erased = torch.rand(b, cells**2, generator=generator).argsort(1) < round(ratio * cells**2)
     erased &= torch.rand(b, 1, generator=generator) < share
@@ -204,8 +204,8 @@ def parse(argv=None):
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--ema", type=number(float, 0, 1), default=.99, help="m of the target at first; 1 at last")
-    add("--mask-share", type=number(float, 0, 1), default=.5, help="probability of a masked view")
-    add("--mask-ratio", type=number(float, 0, 1), default=.3, help="share of the cells erased")
+    add("--mask-share", type=number(float, 0, 1), default=.25, help="probability of a masked view")
+    add("--mask-ratio", type=number(float, 0, 1), default=.15, help="share of the cells erased")
     add("--mask-grid", type=number(int, 1, 64), default=8, help="cells across an image, and down")
     add("--mix-weight", type=number(float, 0), default=1., help="w_f, weight of L_f; 0: no mixing")
     add = parser.add_argument_group("detection, in place of training").add_argument
@@ -223,7 +223,8 @@ def parse(argv=None):
 
 def losses(online, target, v, u, lam, args):
     """Complete views v and online views u (2B, 3, H, W), those of x1 above those of x2, lam (B,)
-    -> L, {its terms and gauges}: the algorithm in one place. A mean over 2B is over both halves."""
+    -> L, {its terms and gauges}: the algorithm in one place. Means over 2B average both directions.
+    """
     b = len(lam)
     lam = lam.repeat(2)                                            # 2B, the same for both views
     # The partner: the image before, in the same view. It is a random one, as the batch is shuffled.
@@ -238,8 +239,9 @@ def losses(online, target, v, u, lam, args):
     l_g = regression_loss(p, t)
     l_f = mixed_regression_loss(p_mix, t, lam, partner)            # at w_f = 0 only a gauge
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
-    # The lowest L_g of a prediction that ignores its input: 2 if unit targets point everywhere, and
-    # less if they share a direction, as at first. Near it, a falling L_g means nothing.
+    # The lowest L_g of a prediction that ignores its input: 2 if the mean of the unit targets is 0,
+    # less if not. (BatchNorm centres them before they get unit length.) While L_g is near it, even
+    # if both fall, p tells nothing about its image.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
@@ -393,7 +395,7 @@ def draw_scenes(n, side, seed):
             u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
             kind, fore = rng.integers(len(KINDS)), rng.uniform(.3, 1, (3, 1, 1))
             fore += max(0, .25 - fore.mean() + back.mean())        # brighter than the ground
-            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)     # 1 inside
+            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)     # a distance
             image += cover * (fore - image)
             j, i = ((cover > .5).any(axis).nonzero()[0] for axis in (0, 1))      # columns, rows
             shapes.append([j[0], i[0], j[-1] + 1, i[-1] + 1, kind + 1])
@@ -433,7 +435,7 @@ def average_precision(found, truth, threshold):
 
 
 def read_backbone(folder, trained=True):
-    """The folder of a finished run, of this script or of the three others -> its backbone, or an
+    """The folder of a finished run, of this script or of another one -> its backbone, or an
     untrained one of the same shape, and (mean, std) of its images. Raises UserError."""
     try:
         result = json.loads((Path(folder) / "result.json").read_text())
@@ -448,7 +450,7 @@ def read_backbone(folder, trained=True):
 
 def make_detector(backbone, statistics):
     """Faster R-CNN on a feature pyramid of 64 channels, over stages 2 to 4 and a pooled level, with
-    few proposals, since a scene shows few shapes. statistics: (mean, std), lists of three."""
+    few proposals, since a scene shows few shapes. statistics: (mean, std), as lists."""
     width = backbone.conv1.out_channels
     pyramid = backbone_utils.BackboneWithFPN(
         backbone, {"layer2": "0", "layer3": "1", "layer4": "2"},

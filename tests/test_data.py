@@ -250,6 +250,14 @@ def test_a_part_of_imagenet_takes_its_own_classes_in_order_and_no_other(name, cl
     assert data.test.labels.tolist() == list(range(1, classes))    # val lacks the first class
 
 
+def test_tiny_imagenet_inside_the_folder_of_imagenet_is_no_part_of_it(tmp_path):
+    names = SUBSETS["imagenet10"]          # Tiny-ImageNet has some of these classes, too
+    save(*(tmp_path / split / c / "0.jpeg" for split in ("train", "val") for c in names))
+    save(tmp_path / "tiny-imagenet-200" / "train" / names[0] / "images" / "1.jpeg")
+    data = load_dataset("imagenet10", tmp_path, image_size=16)
+    assert data.classes == names and len(data.train.images) == len(data.test.images) == 10
+
+
 def test_a_part_of_imagenet_names_the_classes_that_are_missing(tmp_path):
     names = SUBSETS["imagenet10"]
     save(*(tmp_path / "train" / c / "0.jpeg" for c in names[:4] + names[5:]))

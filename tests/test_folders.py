@@ -96,6 +96,8 @@ LAYOUTS = """
   train/* test/* docs/a.txt labels/1.json new=0             | *        | *
   train/* test/* drafts=-2                                  | *        | *     | drafts
   train/* test/* =1                                         | *        | *     | left out&1
+  train/* test/* test=3                                     | *        | *     | left out&3
+  train/* val/* val/a.png test/cat=1 test=2                 | *        | cat=1 | left out&2
   Train/* Test/* __MACOSX/Train/* @eaDir/Train/cat=1        | *        | *
   train/train=2 train/test=1 test/train=1 test/test=2       | test=1 train=2 | test=2 train=1
   train/* train/ant=-1 test/*                               | *        | *     | ant

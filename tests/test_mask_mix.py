@@ -182,7 +182,7 @@ def test_half_of_the_views_are_masked_and_each_view_of_an_image_on_its_own():
 
 
 def test_a_masked_view_takes_the_place_of_the_complete_one_and_differs_in_erased_cells_only():
-    x1, _, u1, _, _ = made(1.)
+    x1, _, u1, _, _ = made(1., mask_ratio=.3)
     erased = (u1 == 0).all(1)                                      # 0 is the mean colour
     assert (erased.float().mean((1, 2)) == 19 / 64).all()
     kept = ~erased[:, None].expand_as(x1)
