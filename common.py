@@ -215,7 +215,7 @@ def fast_dtype(device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = any(getattr(torch.cpu, question, bool)() for question in
+        fast = any(getattr(torch.cpu, question, bool)() for question in    # bool() is False
                    ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if fast else torch.float32
 
@@ -719,7 +719,7 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
         good = kept["key"] == key and rows == list(range(len(paths))) and \
             images.dtype == torch.uint8 and images.shape == (n, 3, side, side) and \
             (len(kept["features"]) == n if network else kept["features"] is None) and \
-            all(isinstance(line, str) for line in [] + kept["lines"])
+            all(isinstance(line, str) for line in [] + kept["lines"])      # [] +: of a list alone
         for i, _ in kept["bad"] if good else ():                   # it may be readable by now
             good = good and isinstance(decode(paths[i], **kept["how"]), str)
     except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError):
@@ -1471,7 +1471,7 @@ class Run:
         """Check, print and log the epoch, and save a checkpoint if one is due. Raises NotFinite.
 
         record: {loss term or gauge: value}; images: how many this epoch took in; state: networks,
-        optimizers, tensors, plain values, all that restore() will need"""
+        `optimizer`, tensors, plain values, all that restore() will need"""
         bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
         bad += [f"a weight of {name}" for name, part in state.items() if isinstance(part, nn.Module)
                 and not all(t.isfinite().all() for t in part.state_dict().values())]

@@ -14,7 +14,7 @@ twice, by the images that it resembles and by the boundaries of a classifier. A 
 agree, and their product chooses the image's cluster for the steps that follow.
 
          view 1              .--> the batch: pull the other view, push other clusters     L_sem
-        /      \      g -> z +--> the memory M: pull own row, P_i, push other clusters  w L_sem
+        /      \      g -> z <
     image       -> f <       '--> the memory M: votes of its clusters -> pv --.
         \      /      |                                                        +- agree  a L_con
          view 2       W --------> boundaries of the classifier -------> ps --<
@@ -24,8 +24,8 @@ agree, and their product chooses the image's cluster for the steps that follow.
     what the abstract says                            what stands here
     instance discrimination is blind to classes, so   the warm-up; the baseline is --contrast
       clusters found after it miss their boundaries     instance --alpha 0, then k-means
-    distances should follow clusters: a contrastive   semantic_contrastive_loss: positives and
-      loss that knows clusters does this                negatives depend on the clusters
+    distances should follow clusters: a contrastive   semantic_contrastive_loss: its negatives
+      loss that knows clusters does this                depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
       between clusters have to be consistent            consistency_loss
     the classes are guessed by the consensus          consensus, in every step
@@ -35,25 +35,24 @@ agree, and their product chooses the image's cluster for the steps that follow.
     z         z                2B x 128  embeddings of both views, of unit length
     M, m_j    memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
-    P_i       neighbours       N x P     nearest rows of each row, P = --positives
     e         e                2B x N    similarity to each candidate: exponentials, rows sum to 1
     S         votes            2B x K    e, summed over the members of each cluster
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     on h
     tau       --tau, --memory-tau        temperature in the batch; in the memory
-    w, a, b   --memory-weight, --alpha, --beta:  L = L_sem(batch) + w L_sem(M) + a L_con + b L_bal,
-              the last two after the warm-up, if a > 0. f is the backbone, g the head
+    a, b      --alpha, --beta:  L = L_sem + a L_con + b L_bal, the last two after the warm-up, if
+              a > 0. f is the backbone, g the head
 
 Choices of ours, which may differ from the paper
-    D1  L_sem stands twice in L, against the batch and against the memory.
+    D1  L_sem contrasts the views of a batch. A second one, against the memory, with near rows of
+        the same cluster as more positives, cost much and gave no better clusters (section 6).
     D2  In the warm-up, 70 % of the epochs, each image is its own cluster. Then the schedule of the
         learning rate starts again. The baseline does the same, but keeps one cluster per image.
     D3  The first clusters come from k-means on the memory, which runs once. After that, each step
         chooses the clusters of its batch anew; the other images keep theirs.
     D4  W is fitted to the first clusters, by logistic regression, before it takes part.
-    D5  P_i is found once, with the first clusters, and not in each step.
-    D6  A cluster votes by the mean of its members. By their sum, large clusters win by size.
-    D7  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
+    D5  A cluster votes by the mean of its members. By their sum, large clusters win by size.
+    D6  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
     python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run on one
     shapes, mean of seeds 0, 1, 2: ACC .971 by pv, .969 by k-means on h (section 6)
@@ -73,21 +72,20 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
-# Anchors are the 2B views of the batch. Candidates are the same views, or the N rows of the memory.
-#    For each of the two, one product gives the cosines and one softmax gives e; the rest is read
-#    off e. In the formulas B counts anchors, and N and m_j are the candidates.
+# Anchors are the 2B views of the batch. Candidates are the same views for L_sem, and the N rows of
+#    the memory for votes. For each of the two, one product gives the cosines and one softmax gives
+#    e; the rest is read off e. In the formulas B counts anchors, and N and m_j are the candidates.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
 # How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
 #    the other view is pulled and only other clusters are pushed. The anchor's row of the memory
-#    is pulled, but has no vote: it would vote for the cluster that the image already has.
+#    has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
 #    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
-#    in spite of it: a good start (D3) and votes by the mean (D6) matter more. Without a: no L_bal.
+#    in spite of it: a good start (D3) and votes by the mean (D5) matter more. Without a: no L_bal.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
-#    cluster. These are too few for votes, and its nearest neighbours are hardly ever among them.
-#    Why a batch beside the memory: its embeddings are new and have gradients; rows are old.
+#    cluster. These are too few for votes. Why L_sem is not against the memory: rows are old.
 # What it costs: about four matrices 2B x N at once. With 1.2 million rows and 512 views each takes
 #    2.5 GB, so 10 GB: calculated. One GPU of 80 GB should hold about 8 million rows.
 
@@ -110,27 +108,22 @@ def cluster_votes(e, clusters, k, own=None):
     return e.new_zeros(len(e), k).index_add(1, clusters, e)
 
 
-def semantic_contrastive_loss(e, votes, own, clusters, neighbours=None):
-    """L_sem = -mean_i log( pulled_i / (pulled_i + pushed_i) )
+def semantic_contrastive_loss(e, votes, own, clusters):
+    """L_sem = -mean_i log( e_i,o_i / (e_i,o_i + pushed_i) ),   pushed_i = sum_{k != c_i} S_ik
 
-    pulled_i = sum_{j = o_i or j in P_i, c_j = c_i} e_ij   its own image; near ones of its cluster
-    pushed_i = sum_{k != c_i} S_ik                         all members of all other clusters
+    The anchor's other view o_i is pulled, all members of all other clusters are pushed.
 
-    e           (B, N) from exponentials; votes S (B, K) from cluster_votes, with or without own:
-                column c_i is not used
-    own         o (B,): the anchor's other view, or its row of the memory; its cluster is c_i
-    clusters    c (N,): cluster of each candidate, in 0..K-1
-    neighbours  P_i (B, P): candidates near the anchor, without o_i. Those of other clusters do not
-                count; None: there are none
+    e         (B, N) from exponentials; votes S (B, K) from cluster_votes: column c_i is not used
+    own       o (B,): the candidate that is the anchor's other view; its cluster is c_i
+    clusters  c (N,): cluster of each candidate, in 0..K-1
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
-    similar. With one cluster it is 0. Where pulled_i is below the smallest float, e^-87, it is set
+    similar. With one cluster it is 0. Where e_i,o_i is below the smallest float, e^-87, it is set
     to that and has no gradient; only a tau below .03 leads so far, as cosines differ by 2 at most.
     """
     mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
-    near = own[:, None] if neighbours is None else torch.cat([own[:, None], neighbours], 1)
-    pulled = (e.gather(1, near) * (clusters[near] == mine)).sum(1)              # B
+    pulled = e.gather(1, own[:, None]).squeeze(1)                               # B
     pushed = votes.scatter(1, mine, 0).sum(1)                                   # B
     pulled, both = pulled.clamp(min=smallest), (pulled + pushed).clamp(min=smallest)
     return (both.log() - pulled.log()).mean()
@@ -140,7 +133,7 @@ def visual_prediction(votes, clusters):
     """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
-    in the mean (D6). n_k counts the anchor's own row, which has no vote: so one n serves all
+    in the mean (D5). n_k counts the anchor's own row, which has no vote: so one n serves all
     anchors, and the own cluster counts too little by a share 1/n_k. votes S (B, K), clusters c (N,)
     of the candidates. -> (B, K), rows sum to 1; an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
@@ -213,15 +206,6 @@ def make_views(args, statistics):
     return lambda x, rng: (view(x, rng), view(x, rng))
 
 
-def nearest_rows(memory, count):
-    """The `count` most similar other rows of each row. memory (N, 128) -> (N, count)"""
-    found, count = [], min(count, len(memory) - 1)
-    for rows in torch.arange(len(memory), device=memory.device).split(256):
-        s = (memory[rows] @ memory.t()).scatter_(1, rows[:, None], -math.inf)   # 256xN
-        found.append(s.topk(count, 1).indices)
-    return torch.cat(found)
-
-
 @torch.no_grad()
 def fit_classifier(classifier, h, clusters):
     """Give W the boundaries of the clusters, in place. h (N, D), clusters (N,). A random W would
@@ -233,12 +217,12 @@ def fit_classifier(classifier, h, clusters):
 
 
 def hand_over(net, images, index, memory, statistics, args):
-    """After the warm-up: W is fitted (D4). -> first clusters (N,) (D3), neighbours (N, P) (D5)"""
+    """After the warm-up: W is fitted (D4). -> the first clusters (N,) (D3)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
     seen = images[index.to(images.device)]
     h = embed(net.backbone, seen, statistics, memory.device)       # of complete images, eval mode
     fit_classifier(net.classifier, h, clusters)
-    return clusters, nearest_rows(memory, args.positives)
+    return clusters
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,13 +246,11 @@ def parse(argv=None):
     add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without clusters")
     add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: each "
         "image stays its own cluster in L_sem; with --alpha 0 the baseline")
-    add("--positives", type=number(int, 0), default=20, help="P, size of P_i; 0: none")
     add("--alpha", type=number(float, 0), default=1., help="a, of L_con; 0: pv alone, no L_bal")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
     add("--frozen", action="store_true", help="keep the first clusters: no consensus")
     add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
     add("--memory-tau", type=number(float, 0, above=True), default=.1, help="tau in the memory")
-    add("--memory-weight", type=number(float, 0), default=.1, help="w, of L_sem with the memory")
     add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
     return parser.parse(argv, DEFAULTS)
 
@@ -276,26 +258,20 @@ def parse(argv=None):
 # ------------------------------------------------------------------------------------------------
 # 5. Training
 
-def losses(z, logits, rows, memory, clusters, neighbours, args):
+def losses(z, logits, rows, memory, clusters, args):
     """The algorithm in one place. z (2B, 128) and logits (2B, K) of both views; rows (B,) of their
-    images in the memory (N, 128); its clusters (N,) and neighbours (N, P), both None without
-    clusters. -> L, {its terms}, pv and ps (2B, K), None without clusters"""
+    images in the memory (N, 128); its clusters (N,), None in the warm-up. -> L, {its terms}, pv and
+    ps (2B, K), None without clusters"""
     b, k, rows = len(rows), logits.shape[1], torch.cat([rows, rows])            # 2B
     twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view; % b: the image
-    e_batch, e = exponentials(z, z, args.tau), exponentials(z, memory, args.memory_tau)
-    votes = None if clusters is None else cluster_votes(e, clusters, k, rows)   # 2BxK
-    if clusters is None or args.contrast == "instance":            # each image is its own cluster
-        c, each = twin % b, torch.arange(len(memory), device=z.device)          # 2B, N
-        in_batch = semantic_contrastive_loss(e_batch, cluster_votes(e_batch, c, b), twin, c)
-        in_memory = semantic_contrastive_loss(e, e, rows, each)
-    else:
-        c = clusters[rows]                                                      # 2B
-        in_batch = semantic_contrastive_loss(e_batch, cluster_votes(e_batch, c, k), twin, c)
-        in_memory = semantic_contrastive_loss(e, votes, rows, clusters, neighbours[rows])
-    loss = in_batch + args.memory_weight * in_memory
-    terms = {"batch": in_batch, "memory": in_memory}
+    alone = clusters is None or args.contrast == "instance"        # each image is its own cluster
+    c, n = (twin % b, b) if alone else (clusters[rows], k)                      # 2B
+    e = exponentials(z, z, args.tau)                                            # 2Bx2B
+    loss = semantic_contrastive_loss(e, cluster_votes(e, c, n), twin, c)
+    terms = {"semantic": loss}
     if clusters is None:
         return loss, terms, None, None
+    votes = cluster_votes(exponentials(z, memory, args.memory_tau), clusters, k, rows)
     pv, ps = visual_prediction(votes, clusters), logits.softmax(1)              # 2BxK each
     if args.alpha:
         terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(logits)
@@ -370,12 +346,11 @@ def train(args):
         views = make_views(args, statistics)
         row = torch.zeros(len(data.train.images), dtype=torch.int64, device=device)
         row[index.to(device)] = torch.arange(n, device=device)     # image -> its row of the memory
-        # Random at first: in the first epoch an image is pulled to a random row, with weight w.
         start = torch.randn(n, 128, generator=generator(args.seed, 0, "memory"))
         saved = run.restore(net=net, optimizer=optimizer) or {
-            "memory": F.normalize(start, dim=1), "clusters": None, "neighbours": None}
-        memory, clusters, neighbours = (None if saved[name] is None else saved[name].to(device)
-                                        for name in ("memory", "clusters", "neighbours"))
+            "memory": F.normalize(start, dim=1), "clusters": None}
+        memory, clusters = (None if saved[name] is None else saved[name].to(device)
+                            for name in ("memory", "clusters"))
         joint = saved.get("joint")                                 # of the report, KxK
         forward = torch.compile(net) if args.compile else net
         print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
@@ -384,7 +359,7 @@ def train(args):
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
         for epoch in range(run.epoch, args.epochs):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
-                clusters, neighbours = hand_over(net, images, index, memory, statistics, args)
+                clusters = hand_over(net, images, index, memory, statistics, args)
             first, last = (0, warm) if epoch < warm else (warm, args.epochs)
             steps, before = (last - first) * per_epoch, clusters
             meter = Meter(f"scl, epoch {epoch + 1}", per_epoch)
@@ -396,7 +371,7 @@ def train(args):
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
                 with autocast(device):
                     z, logits = forward(torch.cat([x1, x2]))       # one pass: BatchNorm sees both
-                loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, neighbours, args)
+                loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, args)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -416,7 +391,7 @@ def train(args):
                               moved=(clusters != before).float().mean().item(),
                               clusters=int((sizes > 0).sum()), largest=sizes.max().item())
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
-                          memory=memory, clusters=clusters, neighbours=neighbours, joint=joint)
+                          memory=memory, clusters=clusters, joint=joint)
             if record.get("largest", 0) > max(.5, 1.8 / k):        # 90 % where K is 2
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
         # 5. The report. Labels are used from here on and never before.
@@ -433,13 +408,4 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
-# ACC on test images, python scl.py, seeds 0, 1, 2: by pv .933 .995 .985, by ps .928 .995 .982; by
-#     k-means on h of the same networks .923 .994 .990: its own clusters are no better.
-# Seed 100, one warm-up continued in three ways, ACC by pv and by ps: as it is .993, .990; P_i found
-#     anew in each step .995, .993; --frozen .991, .990: no difference. The c that --frozen keeps
-#     are right for .944 of the training images, with 1, 20 or 100 restarts; votes mend the rest.
-# losses() and its gradient take 13 of the 193 ms of a training step with 5,000 rows of the memory,
-#     166 of 332 ms with 50,000: 128 views, one CPU core.
-# CIFAR-10 (saved as JPEG), 13 epochs, half an hour of a CPU core, seed 0, command in the README: .350
-#     by pv, .348 by ps and by k-means on h; kNN .494. SimCLR in the same time: .374, kNN .586.
-# Not run: Fashion-MNIST, --positives 0, --memory-weight 0, --beta 0, a GPU.
+# @@

@@ -58,7 +58,6 @@ SMALL = {script: "--width=16 --batch-size=4 --epochs=1 --image-size=16 --device=
          for script in SCRIPTS}
 SMALL["scan"] += """--cluster-epochs=1 --cluster-batch=4 --self-label-epochs=1 --self-label-batch=4
     --neighbours=2 --unsafe=go""".split()
-SMALL["scl"] += ["--positives=2"]
 
 
 def run(script, folder, out, *more):

@@ -25,7 +25,7 @@ SCRIPTS = {
     "scan": "--epochs 2 --cluster-epochs 2 --cluster-batch 50 --self-label-epochs 2 "
             "--self-label-batch 100 --threshold .11 --neighbours 5",
     "mask_mix": "",
-    "scl": "--warmup .5 --positives 3"}
+    "scl": "--warmup .5"}
 SMALLEST = {"scan": "--cluster-batch 2 --self-label-batch 2"}
 ALL = pytest.mark.parametrize("script", SCRIPTS)
 

@@ -22,20 +22,19 @@ def gaussian(*shape, seed=2):
 
 def sample(anchors=6, candidates=20, k=3, dim=8, seed=0):
     """Unit rows in float64: anchors (B, D), candidates (N, D); the candidate that shows each
-    anchor's own image, a cluster for each candidate, two candidates near each anchor."""
+    anchor's own image; a cluster for each candidate."""
     rng = torch.Generator().manual_seed(seed)
     z, memory = F.normalize(gaussian(anchors + candidates, dim, seed=seed), dim=1).split(
         [anchors, candidates])
     own = torch.randperm(candidates, generator=rng)[:anchors]
-    near = (z @ memory.t()).scatter(1, own[:, None], -2).topk(2, 1).indices
-    return z, memory, own, torch.randint(0, k, (candidates,), generator=rng), near
+    return z, memory, own, torch.randint(0, k, (candidates,), generator=rng)
 
 
-def contrast(z, memory, own, clusters, tau, near=None):
+def contrast(z, memory, own, clusters, tau):
     """L_sem from the embeddings."""
     e = scl.exponentials(z, memory, tau)
     votes = scl.cluster_votes(e, clusters, int(clusters.max()) + 1)
-    return scl.semantic_contrastive_loss(e, votes, own, clusters, near)
+    return scl.semantic_contrastive_loss(e, votes, own, clusters)
 
 
 def looks(z, memory, clusters, k, tau, own=None):
@@ -47,26 +46,21 @@ def looks(z, memory, clusters, k, tau, own=None):
 # ------------------------------------------------------------------------------------------------
 # Semantic contrast
 
-@pytest.mark.parametrize("neighbours", [0, 1, 2])
-def test_semantic_contrast_is_the_printed_sum(neighbours):
-    z, memory, own, clusters, near = sample()
+def test_semantic_contrast_is_the_printed_sum():
+    z, memory, own, clusters = sample()
     total = 0.
     for i, o in enumerate(own.tolist()):
         e = [math.exp(z[i].dot(m).item() / .3) for m in memory]
-        pulled = {o, *(j for j in near[i, :neighbours].tolist() if clusters[j] == clusters[o])}
         pushed = [j for j in range(len(e)) if clusters[j] != clusters[o]]
-        up = sum(e[j] for j in pulled)
-        total -= math.log(up / (up + sum(e[j] for j in pushed))) / len(own)
-    got = contrast(z, memory, own, clusters, .3, near[:, :neighbours])
-    assert got.item() == pytest.approx(total, abs=1e-12)
+        total -= math.log(e[o] / (e[o] + sum(e[j] for j in pushed))) / len(own)
+    assert contrast(z, memory, own, clusters, .3).item() == pytest.approx(total, abs=1e-12)
 
 
 def test_with_every_image_its_own_cluster_it_is_instance_discrimination():
-    z, memory, own, _, near = sample()
+    z, memory, own, _ = sample()
     e, each = scl.exponentials(z, memory, .1), torch.arange(len(memory))
     expected = F.cross_entropy(z @ memory.t() / .1, own)
     assert torch.allclose(scl.semantic_contrastive_loss(e, e, own, each), expected)
-    assert torch.allclose(contrast(z, memory, own, each, .1, near), expected)  # P_i counts nothing
 
 
 def test_within_a_batch_of_two_views_it_is_nt_xent_when_every_image_is_its_own_cluster():
@@ -77,9 +71,9 @@ def test_within_a_batch_of_two_views_it_is_nt_xent_when_every_image_is_its_own_c
 
 
 def test_with_a_single_cluster_it_is_zero_and_so_is_its_gradient():
-    z, memory, own, clusters, near = sample()
+    z, memory, own, clusters = sample()
     z.requires_grad_()
-    loss = contrast(z, memory, own, torch.zeros_like(clusters), .1, near)
+    loss = contrast(z, memory, own, torch.zeros_like(clusters), .1)
     loss.backward()
     assert loss.item() == 0 and z.grad.abs().max() < 1e-15          # in float64
 
@@ -90,34 +84,26 @@ def test_equal_similarities_cost_the_logarithm_of_the_number_of_candidates():
     assert loss.item() == pytest.approx(math.log(20))
 
 
-def test_members_of_the_own_cluster_that_are_no_neighbours_are_neither_pulled_nor_pushed():
-    z, memory, own, clusters, near = sample()
+def test_other_members_of_the_own_cluster_are_neither_pulled_nor_pushed():
+    z, memory, own, clusters = sample()
     e = scl.exponentials(z, memory, .1).requires_grad_()
     votes = scl.cluster_votes(e, clusters, 3)
-    scl.semantic_contrastive_loss(e, votes, own, clusters, near).backward()
+    scl.semantic_contrastive_loss(e, votes, own, clusters).backward()
     for i, o in enumerate(own.tolist()):
         for j, pull in enumerate((-e.grad[i]).tolist()):
             if clusters[j] != clusters[o]:
                 assert pull < 0
-            elif j == o or j in near[i]:
+            elif j == o:
                 assert pull > 0
             else:
                 assert pull == 0
-
-
-def test_a_wrongly_placed_neighbour_costs_more_than_a_rightly_placed_one():
-    z = torch.tensor([[1., 0.]])
-    memory = F.normalize(torch.tensor([[1., 0.], [.9, .4], [-.5, .8]]), dim=1)  # own, near, far
-    cost = [contrast(z, memory, torch.tensor([0]), torch.tensor(c), .1).item()
-            for c in ([0, 0, 1], [0, 1, 0])]
-    assert cost[0] < 1e-5 < .1 < cost[1]
 
 
 # ------------------------------------------------------------------------------------------------
 # The two predictions
 
 def test_visual_prediction_is_the_printed_sum():
-    z, memory, own, clusters, _ = sample()
+    z, memory, own, clusters = sample()
     sizes = torch.bincount(clusters).tolist()
     for without in (None, own):
         got = looks(z, memory, clusters, 3, .2, without)
@@ -130,7 +116,7 @@ def test_visual_prediction_is_the_printed_sum():
 
 
 def test_an_empty_cluster_gets_nothing_and_the_others_sum_to_one():
-    z, memory, own, clusters, _ = sample(k=3)
+    z, memory, own, clusters = sample(k=3)
     p = looks(z, memory, clusters, 7, .1, own)
     assert torch.allclose(p.sum(1), torch.ones(len(p), dtype=p.dtype))
     assert (p[:, 3:] == 0).all()
@@ -202,44 +188,44 @@ def test_balance_has_a_finite_gradient_when_all_images_are_sure_of_one_cluster(g
 # ------------------------------------------------------------------------------------------------
 # All of them
 
-def all_losses(z, memory, own, clusters, near, logits, k):
+def all_losses(z, memory, own, clusters, logits, k):
     e = scl.exponentials(z, memory, .1)
     pv = scl.visual_prediction(scl.cluster_votes(e, clusters, k, own), clusters)
     votes = scl.cluster_votes(e, clusters, k)
-    return torch.stack([scl.semantic_contrastive_loss(e, votes, own, clusters, near),
+    return torch.stack([scl.semantic_contrastive_loss(e, votes, own, clusters),
                         scl.consistency_loss(pv, logits.softmax(1)), scl.balance_loss(logits)])
 
 
 def test_permuting_cluster_ids_changes_nothing():
-    z, memory, own, clusters, near = sample(k=4)
+    z, memory, own, clusters = sample(k=4)
     logits, order = gaussian(len(own), 4), torch.tensor([2, 0, 3, 1])   # c becomes order[c]
-    permuted = all_losses(z, memory, own, order[clusters], near, logits[:, order.argsort()], 4)
-    assert torch.allclose(permuted, all_losses(z, memory, own, clusters, near, logits, 4))
+    permuted = all_losses(z, memory, own, order[clusters], logits[:, order.argsort()], 4)
+    assert torch.allclose(permuted, all_losses(z, memory, own, clusters, logits, 4))
 
 
 def test_permuting_anchors_and_candidates_changes_nothing():
-    z, memory, own, clusters, near = sample(k=4)
+    z, memory, own, clusters = sample(k=4)
     logits = gaussian(len(own), 4)
     rows, columns = torch.randperm(len(own)), torch.randperm(len(clusters))
     now = columns.argsort()                                         # where a candidate went
     permuted = all_losses(z[rows], memory[columns], now[own[rows]], clusters[columns],
-                          now[near[rows]], logits[rows], 4)
-    assert torch.allclose(permuted, all_losses(z, memory, own, clusters, near, logits, 4))
+                          logits[rows], 4)
+    assert torch.allclose(permuted, all_losses(z, memory, own, clusters, logits, 4))
 
 
 def test_gradients_are_those_of_the_formulas():
-    z, memory, own, clusters, near = sample()
+    z, memory, own, clusters = sample()
     inputs = (z.requires_grad_(), gaussian(len(own), 3).requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda z, logits: all_losses(z, memory, own, clusters, near, logits, 3), inputs)
+        lambda z, logits: all_losses(z, memory, own, clusters, logits, 3), inputs)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_losses_and_gradients_are_finite_at_extreme_inputs(scale):
-    z, memory, own, clusters, near = sample()
+    z, memory, own, clusters = sample()
     z = (z.float() * scale).requires_grad_()
     logits = (gaussian(len(own), 3).float() * scale).requires_grad_()
-    losses = all_losses(z, memory.float(), own, clusters, near, logits, 3)
+    losses = all_losses(z, memory.float(), own, clusters, logits, 3)
     losses.sum().backward()
     assert losses.isfinite().all() and z.grad.isfinite().all() and logits.grad.isfinite().all()
 
@@ -248,11 +234,11 @@ def test_losses_and_gradients_are_finite_at_extreme_inputs(scale):
 def test_each_function_runs_when_pasted_alone(function):
     alone = {"torch": torch, "F": F, "math": math}
     exec(inspect.getsource(function), alone)
-    z, memory, own, clusters, near = sample()
+    z, memory, own, clusters = sample()
     e = scl.exponentials(z, memory, .1)
     votes = scl.cluster_votes(e, clusters, 3)
     given = {"exponentials": (z, memory, .1), "cluster_votes": (e, clusters, 3, own),
-             "semantic_contrastive_loss": (e, votes, own, clusters, near),
+             "semantic_contrastive_loss": (e, votes, own, clusters),
              "visual_prediction": (votes, clusters), "consistency_loss": (e, e),
              "balance_loss": (e,), "update_memory": (memory, own, z, .5)}[function.__name__]
     assert torch.equal(alone[function.__name__](*given), function(*given))
@@ -266,29 +252,36 @@ def one_step(*flags, clusters=True):
     z = F.normalize(gaussian(8, 5).float(), dim=1).requires_grad_()
     logits = gaussian(8, 3, seed=5).float().requires_grad_()
     memory = F.normalize(gaussian(12, 5, seed=7).float(), dim=1)
-    given = (torch.arange(12) % 3, scl.nearest_rows(memory, 2)) if clusters else (None, None)
+    given = torch.arange(12) % 3 if clusters else None
     rows = torch.tensor([7, 2, 4, 9])
-    return z, logits, scl.losses(z, logits, rows, memory, *given, scl.parse([*flags]))
+    return z, logits, scl.losses(z, logits, rows, memory, given, scl.parse([*flags]))
 
 
-def test_the_warm_up_is_instance_discrimination_in_the_batch_and_against_the_memory():
-    z, _, (_, terms, pv, ps) = one_step(clusters=False)
-    memory = F.normalize(gaussian(12, 5, seed=7).float(), dim=1)
+def test_the_warm_up_is_instance_discrimination_in_the_batch():
+    z, _, (loss, terms, pv, ps) = one_step(clusters=False)
     in_batch = (z @ z.t() / .2).fill_diagonal_(-math.inf)
     expected = F.cross_entropy(in_batch, torch.arange(8).roll(4))
-    assert torch.allclose(terms["batch"], expected)
-    expected = F.cross_entropy(z @ memory.t() / .1, torch.tensor([7, 2, 4, 9, 7, 2, 4, 9]))
-    assert torch.allclose(terms["memory"], expected) and pv is None and ps is None
+    assert torch.allclose(loss, expected) and terms.keys() == {"semantic"}
+    assert pv is None and ps is None
+
+
+def test_with_clusters_images_of_the_own_cluster_are_no_negatives():
+    z, _, (_, terms, _, _) = one_step()
+    clusters = torch.tensor([7, 2, 4, 9] * 2) % 3
+    in_batch = (z @ z.t() / .2).fill_diagonal_(-math.inf)
+    twin = F.one_hot(torch.arange(8).roll(4)).bool()
+    others = in_batch.masked_fill((clusters[:, None] == clusters) & ~twin, -math.inf)
+    assert torch.allclose(terms["semantic"], F.cross_entropy(others, torch.arange(8).roll(4)))
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():
-    loss, terms, _, _ = one_step("--memory-weight", ".3", "--alpha", "2", "--beta", "5")[2]
-    assert torch.allclose(loss, terms["batch"] + .3 * terms["memory"] + 2 * terms["consistency"]
+    loss, terms, _, _ = one_step("--alpha", "2", "--beta", "5")[2]
+    assert torch.allclose(loss, terms["semantic"] + 2 * terms["consistency"]
                           + 5 * terms["balance"])
 
 
 @pytest.mark.parametrize("term, trained", [
-    ("batch", "z"), ("memory", "z"), ("consistency", "z and logits"), ("balance", "logits")])
+    ("semantic", "z"), ("consistency", "z and logits"), ("balance", "logits")])
 def test_each_term_trains_what_the_text_says(term, trained):
     z, logits, (_, terms, _, _) = one_step()
     terms[term].backward()
@@ -299,7 +292,7 @@ def test_each_term_trains_what_the_text_says(term, trained):
 def test_without_the_consistency_condition_the_classifier_learns_nothing():
     _, logits, (loss, terms, _, _) = one_step("--alpha", "0")
     loss.backward()
-    assert logits.grad is None and terms.keys() == {"batch", "memory"}
+    assert logits.grad is None and terms.keys() == {"semantic"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,15 +319,6 @@ def test_the_memory_carries_no_gradient():
     assert not scl.update_memory(torch.eye(3), torch.tensor([0, 1]), z, .5).requires_grad
 
 
-def test_the_nearest_rows_are_the_nearest_and_never_the_row_itself():
-    memory = F.normalize(gaussian(1100, 4), dim=1)                  # more than one part
-    s = memory @ memory.t()
-    expected = s.fill_diagonal_(-2).argsort(1, descending=True)[:, :3]
-    assert torch.equal(scl.nearest_rows(memory, 3), expected)
-    assert scl.nearest_rows(memory[:3], 20).shape == (3, 2)         # all others
-    assert scl.nearest_rows(memory, 0).shape == (1100, 0)
-
-
 def test_a_fitted_classifier_votes_for_the_clusters_it_was_given():
     rng = torch.Generator().manual_seed(0)
     clusters = torch.arange(300) % 3
@@ -350,7 +334,7 @@ def test_a_fitted_classifier_votes_for_the_clusters_it_was_given():
 # Whole runs, on 300 images
 
 TINY = ("--width 16 --stem-stride 2 --batch-size 32 --image-size 16 --epochs 4 --warmup .5 "
-        "--positives 3 --device cpu").split()
+        "--device cpu").split()
 
 
 def trained(folder, *flags):
@@ -369,7 +353,6 @@ def test_a_run_leaves_its_scores_its_pictures_and_its_clusters(tmp_path):
     state = trained(folder)
     assert torch.allclose(state["memory"].norm(dim=1), torch.ones(300))
     assert state["clusters"].shape == (300,) and set(state["clusters"].tolist()) <= set(range(10))
-    assert state["neighbours"].shape == (300, 3)
     assert {"scl, visual", "scl, boundary", "k-means, embedding"} <= results(folder).keys()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert "agreement" not in log[1] and 0 <= log[2]["agreement"] <= 1 and log[2]["clusters"] >= 1
@@ -394,13 +377,13 @@ def test_frozen_clusters_stay_those_of_the_hand_over(tmp_path, monkeypatch):
         first.append(hand_over(*given))
         return first[0]
     monkeypatch.setattr(scl, "hand_over", spy)
-    assert torch.equal(trained(tmp_path / "run", "--frozen")["clusters"], first[0][0])
+    assert torch.equal(trained(tmp_path / "run", "--frozen")["clusters"], first[0])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_shapes")
 @pytest.mark.parametrize("flags, rows", [
-    ("--train-size 100", 2), ("--clusters 23", 2), ("--alpha 0 --positives 0", 1),
+    ("--train-size 100", 2), ("--clusters 23", 2), ("--alpha 0", 1),
     ("--contrast instance", 2), ("--warmup 0", 2), ("--warmup 1", 0)])
 def test_every_variant_runs_to_its_report(tmp_path, flags, rows):
     trained(tmp_path / "run", *flags.split())
