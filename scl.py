@@ -55,7 +55,7 @@ Choices of ours, which may differ from the paper
     D6  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
     python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run on one
-    shapes, mean of seeds 0, 1, 2: ACC .971 by pv, .969 by k-means on h (section 6)
+    shapes, mean of seeds 0 to 4: ACC .992 by pv; .977 by k-means on z of the baseline (section 6)
 """
 import copy
 import math
@@ -408,4 +408,18 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
-# @@
+# shapes, test images, seeds 0 to 4, means and the standard deviation of ACC:
+#                                                       ACC          NMI   ARI   kNN
+#     python scl.py, its clusters by pv                 .992 +- .002  .982  .982
+#         by ps                                         .992 +- .001  .982  .981
+#         by k-means on h                               .993 +- .003  .985  .985  .995
+#     --contrast instance --alpha 0, by k-means on h    .969 +- .016  .951  .937  .985
+#         by k-means on z                               .977 +- .006  .957  .949  .987
+#     with L_sem against the memory, too (D1), by pv    .969 +- .041  .972  .955
+# That term had weight .1 and 20 near rows as positives. It was left out after trials on shapes
+#     drawn with another seed; seeds 10, 11, 12, ACC by pv: .991 .992 .988, without .991 .994 .994.
+# Fashion-MNIST, command in the README, seed 0, ACC, NMI: by pv .627 .578; baseline, by k-means on h
+#     .614 .549. CIFAR-10 (saved as JPEG), 24 minutes of a CPU core, command in the README, seed 0:
+#     ACC by pv .367, by k-means on h .369, kNN .511; SimCLR in 33 minutes: .374, .586.
+# With 50,000 rows of the memory an epoch takes three times as long after the warm-up as before.
+# Not run: --frozen and --beta 0 with this loss, a GPU.
