@@ -369,7 +369,7 @@ def train(args):
 # supervised ImageNet weights only. To go on to photographs, put torchvision.datasets.VOCDetection
 # in place of draw_scenes, its classes for KINDS, 480 for SIDE, and larger anchors.
 
-KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # SIDE: of a scene, in pixels
+KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # OUTLINES: distances; SIDE: pixels
 SCHEDULES = {100: 30, 1000: 6}                            # {scenes to learn from: epochs}
 
 
@@ -395,7 +395,7 @@ def draw_scenes(n, side, seed):
             u, v = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
             kind, fore = rng.integers(len(KINDS)), rng.uniform(.3, 1, (3, 1, 1))
             fore += max(0, .25 - fore.mean() + back.mean())        # brighter than the ground
-            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)     # a distance
+            cover = np.clip(.5 - OUTLINES[KINDS[kind]](u, v) * radius, 0, 1)     # 1 inside
             image += cover * (fore - image)
             j, i = ((cover > .5).any(axis).nonzero()[0] for axis in (0, 1))      # columns, rows
             shapes.append([j[0], i[0], j[-1] + 1, i[-1] + 1, kind + 1])

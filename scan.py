@@ -430,7 +430,7 @@ def parse(argv=None):
     add("--threshold", type=number(float, 0, 1), default=.99, help="step 3 learns from images "
         "whose confidence is above it")
     add("--unsafe", choices=("stop", "go"), default="stop", help="when step 2 leaves a cluster "
-        "that is empty or has few confident images: stop before step 3, which may lose it; go on")
+        "that is empty or has few confident images: leave out step 3, which may lose it, or run it")
     add("--weak-pass", choices=("eval", "train"), default="eval", help="BatchNorm of the pass that "
         "gives pseudo-labels; train: as released (D10)")
     add("--self-label-epochs", type=number(int, 0), default=200, help="epochs of step 3; 0: none")

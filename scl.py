@@ -85,7 +85,7 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 #    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
 #    in spite of it: a good start (D3) and votes by the mean (D5) matter more. Without a: no L_bal.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
-#    cluster. These are too few for votes. Why L_sem is not against the memory: rows are old.
+#    cluster. These are too few for votes.
 # What it costs: about four matrices 2B x N at once. With 1.2 million rows and 512 views each takes
 #    2.5 GB, so 10 GB: calculated. One GPU of 80 GB should hold about 8 million rows.
 
