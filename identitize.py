@@ -7,13 +7,13 @@ This is a RECONSTRUCTION from the abstract. The full text could not be read when
 no formula here is quoted and no number of the paper is claimed. What we chose is numbered (D1...).
 Someone with the paper at hand should be able to correct one function and keep the others.
 
-The idea. Two views of an image get a score for each of K clusters. Over a batch of B images, the
-K x K correlation matrix of these scores is pushed to the identity: the diagonal to 1, so that both
-views of an image use the same clusters, and the other entries to 0, so that no two clusters do the
-same job. A cluster with the same score for all images would have 0 on the diagonal, so each cluster
-has to tell images apart. There are no negative pairs, no rule about the sizes of clusters, no
-predictor, no momentum network and no memory. Beside it, the assignments of one view to clusters are
-the targets of the other.
+The idea. Two views of an image get a score for each of K clusters. The scores of each view are
+standardised over a batch of B images, and averaged over the two views. The K x K matrix M of their
+products is pushed to the identity: the diagonal to 1, so that both views of an image use the same
+clusters, and the other entries to 0, so that no two clusters do the same job. A cluster with the
+same score for all images would have 0 on the diagonal, so each cluster has to tell images apart.
+There are no negative pairs, no rule about the sizes of clusters, no predictor, no momentum network
+and no memory. Beside it, the assignments of one view to clusters are the targets of the other.
 
              view 1 -> f -> h1 -> g -> s1 -> n1 \
     image <                                      > n = mean -> M = n^T n / B -> identity     L_id
@@ -31,7 +31,7 @@ the targets of the other.
       and learns from small batches                   --batch-size
 
     symbol    in the code                  shape    meaning
-    h         h                            B x D    backbone features, D = 8 * --width: evaluated
+    h         h                            B x D    backbone features (scored), D = 8 * --width
     s         s1, s2                       B x K    cluster scores of two views, K = --clusters-head
     n1, n2    n1, n2                       B x K    s1, s2 standardised over the batch, per cluster
     n         n                            B x K    their mean, (n1 + n2) / 2
@@ -43,7 +43,7 @@ the targets of the other.
 
 Choices of ours, which may differ from the paper
     D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
-        why. --correlate between trains C. The log shows C, as in the abstract, the picture M.
+        why. --correlate between trains C. The log shows C, the abstract's matrix; the picture M.
     D2  The distance to the identity is linear on the diagonal and squared elsewhere. Squares on
         both learned less (section 6).
     D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
@@ -76,8 +76,8 @@ from common import (Meter, Parser, Run, UserError, autocast, baselines, batches,
 # Why the mean: if the views have nothing in common, C is 0, even if all clusters of a view are
 #    copies. So disagreement hides copies from C. M still shows them, as entries of 1/2.
 # Why standardise: C holds correlations then. No cluster can lower them by shrinking its scores.
-# What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, n and M are 0
-#    and it is 1. If all clusters and both views are equal, all entries are 1: it is lam (K - 1).
+# What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, M is 0 and
+#    L_id is 1. If all clusters and both views are equal, all entries are 1: L_id is lam (K - 1).
 # What it costs: B K^2 products for each matrix, little beside the network.
 
 
@@ -101,7 +101,7 @@ def mean_correlation(n1, n2):
     """M_kl = 1/B sum_b n_bk n_bl,   n = (n1 + n2) / 2
 
     n1, n2: (B, K) standardised scores of two views. -> M (K, K), symmetric, without an eigenvalue
-    below 0. M_kk = (1 + C_kk) / 2 lies in [0, 1], M_kl in [-1, 1]. Written out,
+    below 0. M_kk = (1 + C_kk) / 2, or 0 where a score is constant; M_kl in [-1, 1]. Written out,
     M = (n1^T n1 + n1^T n2 + n2^T n1 + n2^T n2) / (4B)."""
     with torch.autocast(n1.device.type, enabled=False):
         n = (n1 + n2) / 2                                                       # BxK
@@ -115,21 +115,20 @@ def identitization_loss(m, off_diagonal_weight):
     correlated; 1 at M = 0; lam (K - 1) where all entries are 1. 1 - M_kk is a quarter of the mean
     squared difference of n1 and n2 in cluster k (if no score is constant): its gradient pulls the
     views together. The second term has the gradient 2 lam M_kl / K in M_kl, which pulls M_kl to 0.
-    With B <= K images M can only come near I: its rank is at most B - 1."""
+    With B <= K images M cannot be I, since its rank is at most B - 1: L_id then stays above 0."""
     consistency = (1 - m.diagonal()).mean()
     decorrelation = (m.square().sum() - m.diagonal().square().sum()) / len(m)
     return consistency + off_diagonal_weight * decorrelation
 
 
-def swapped_assignment_loss(n1, n2, temperature=1.):
-    """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],
-    P = softmax(n / temperature)
+def swapped_assignment_loss(n1, n2):
+    """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],   P = softmax(n)
 
     n1, n2: (B, K) standardised scores; no gradient flows through the targets sg(P). Lower is
     better: 0 for equal one-hot assignments, ln K for uniform ones.
     Why standardised: in raw scores a large constant added to one cluster puts every image there.
     This loss is then near 0, and M does not change: nothing would stop it."""
-    log_p1, log_p2 = F.log_softmax(n1 / temperature, 1), F.log_softmax(n2 / temperature, 1)
+    log_p1, log_p2 = F.log_softmax(n1, 1), F.log_softmax(n2, 1)
     p1, p2 = log_p1.detach().exp(), log_p2.detach().exp()
     return -(p2 * log_p1 + p1 * log_p2).sum(1).mean() / 2
 
@@ -150,7 +149,7 @@ def sinkhorn(s, epsilon=.05, iterations=3):
 # 2. The network
 
 class Network(nn.Module):
-    """Backbone f, head g. Images (B, 3, H, W) -> cluster scores s (B, K)
+    """Backbone f; g is head, then clusters. Images (B, 3, H, W) -> cluster scores s (B, K)
 
     cosine: for the rival. Then s are cosines, of the head's 128 outputs to K prototypes."""
 
@@ -162,7 +161,7 @@ class Network(nn.Module):
         if cosine:
             self.head.append(nn.Linear(512, 128))
         self.clusters = nn.Linear(128 if cosine else 512, clusters, bias=False)
-        if cosine:                         # long rows: a step of Adam turns them only a little
+        if cosine:                         # rows longer than usual: Adam turns them slowly
             nn.init.normal_(self.clusters.weight)
 
     def forward(self, x):
@@ -242,9 +241,9 @@ def rms_off_diagonal(m):
 
 
 def losses(s1, s2, args):
-    """Scores (B, K) of two views -> L, {its terms and gauges}, P1: the algorithm in one place. The
-    gauges diagonal and off_diagonal are of C; confidence is the mean of max P1. For the rival P1 is
-    the same softmax(n1), not what its loss trains, so that both are measured alike."""
+    """Scores (B, K) of two views -> L, {numbers for the log}, P1: the algorithm in one place.
+    diagonal and off_diagonal are of C; confidence is the mean of max P1. For the rival P1 is the
+    same softmax(n1), not what its loss trains, so that both are measured alike."""
     n1, n2 = standardise(s1), standardise(s2)                                   # BxK each
     c, m = cross_correlation(n1, n2), mean_correlation(n1, n2)                  # KxK each
     if args.targets == "sinkhorn":                                 # the rival: balanced targets
@@ -262,13 +261,15 @@ def losses(s1, s2, args):
 
 @torch.no_grad()
 def matrix_now(net, images, index, views, args, device):
-    """M (K, K) of two views of about 2,000 training images together, for correlation.png.
-    BatchNorm works as in training, on a copy, so that net keeps its running means."""
+    """M (K, K) of two views of 2,000 to 4,000 training images, for correlation.png. Scores are
+    standardised over all these images at once. BatchNorm works as in training, batch by batch, on
+    a copy, so that net keeps its running means."""
     net, rng = copy.deepcopy(net).train(), generator(args.seed, 0, "correlation")
     some, size = index[::max(1, len(index) // 2000)], min(256, args.batch_size)
     s = [net(torch.cat([x1, x2])).chunk(2)
          for _, x1, x2 in batches(images, some, size, views, rng, device)]
-    return mean_correlation(*(standardise(torch.cat(view)) for view in zip(*s))).cpu()
+    s1, s2 = (torch.cat(view) for view in zip(*s))
+    return mean_correlation(standardise(s1), standardise(s2)).cpu()
 
 
 def draw_matrix(m, epoch):
@@ -281,7 +282,7 @@ def draw_matrix(m, epoch):
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, clusters, statistics, views, matrices):
     """Scores of the frozen backbone beside raw pixels and a random network; pictures. clusters: how
-    many k-means looks for."""
+    many k-means looks for, which writes clusters.csv."""
     table, device = {}, next(net.parameters()).device
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     scores, found = evaluate(train_h, test_h, data, clusters, args.seed, index)
@@ -298,7 +299,7 @@ def report(args, run, data, net, untrained, index, clusters, statistics, views, 
 
 
 def train(args):
-    # 1. The data, checked before anything is written.
+    # 1. The data, checked before anything is written. clusters: how many k-means looks for at last.
     device, data, index, clusters = prepare(args, DEFAULTS)
     if args.imbalance != 1:
         if data.classes is None or (data.train.labels < 0).any():
@@ -360,7 +361,7 @@ def train(args):
             if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
-        # 5. The report. Labels are used from here on; before only by --imbalance and the gauge knn.
+        # 5. The report. Labels are used from here on; before only by --imbalance and knn_gauge.
         report(args, run, data, net, untrained, index, clusters, statistics, views, matrices)
 
 
@@ -373,8 +374,8 @@ if __name__ == "__main__":
 
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
-# shapes, test images, one CPU thread. ACC: k-means on h, ten clusters; kNN and linear: on h, by
-# labels. Means of seeds 0, 1, 2 (*: 0, 1; **: 0). rival: with --targets sinkhorn --swap-weight 0.
+# shapes, balanced test images, one CPU thread. ACC: k-means on h; kNN and linear: on h, by labels.
+# Means of seeds 0, 1, 2 (*: 0, 1; **: 0). rival: with --targets sinkhorn --swap-weight 0.
 #                                            ACC   kNN   linear     rival: ACC   kNN   linear
 #     python identitize.py                   .991  .995  .998              .974  .989  .997
 #     --swap-weight 0                        .990  .993  .998
@@ -385,16 +386,15 @@ if __name__ == "__main__":
 #     --epochs 8                             .963  .983  .995
 #     --epochs 8 --correlate between **      .684  .884  .969
 #     --epochs 8 --mu 0 --swap-weight 1 **   .139  .228  .274: it collapses
-# kNN with B = 16, 32, 128, 512 and --lr 2e-3 sqrt(B / 32), seed 0 (first two: means, see above):
-#     12 epochs each                         .992 .995 .990 .868   rival: .992 .989 .927 .358
-#     624 steps each, --epochs 2, 4, 16, 69  .717 .883 .990 .999   rival: .297 .304 .976 .999
+# kNN with B = 16, 32, 128, 512 and --lr 2e-3 sqrt(B / 32), seed 0:
+#     12 epochs each (first two as above)    .992 .995 .990 .868   rival: .992 .989 .927 .358
+#     624 steps (69: 621), epochs 2 4 16 69  .717 .883 .990 .999   rival: .297 .304 .976 .999
 # --imbalance 100 keeps a quarter of the images: 48 epochs take the steps of 12 with all images.
-# --mu 0: s shrinks below the 1e-5 of standardise, so n goes to 0 and P becomes uniform.
+# --mu 0: the variance of s falls below the 1e-5 of standardise, n goes to 0, P becomes uniform.
 # Other shapes, drawn with another seed, --epochs 4, kNN, mean of seeds 0, 1, 2: default .877;
-# --swap-weight 0: .880; --swap-weight 1, with softmax(2 n) as targets alone: .812. K 16 and lam .2
+# --swap-weight 0: .880; --swap-weight 1, with sharper targets, softmax(2 n): .812. K 16 and lam .2
 # were chosen there, so that correlation.png can be read: K 64 and lam .045 give a little more.
 # CIFAR-10 (saved as JPEG), 10,000 images, tested on 5,000 other training images, --width 16
 # --stem-stride 2 --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 in place
 # of 1 - M_kk, and --lam .02: .417 .436.
-# All 50,000 images, 40 epochs: kNN .586, linear .619, ACC .379 (the command is in the README).
 # (1 - M_kk)^2 on shapes, --lam .1, seeds 0, 1, 2: ACC .970 .984 .984, kNN .979 .988 .988.

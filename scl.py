@@ -35,7 +35,8 @@ agree, and their product chooses the image's cluster for the steps that follow.
     z         z                2B x 128  embeddings of both views, of unit length
     M, m_j    memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
-    e         e                2B x N    similarity to each candidate: exponentials, rows sum to 1
+    e         e                2B x N    similarity to each row of M (or to each view of the batch,
+                                         2B x 2B): exponentials, rows sum to 1
     S         votes            2B x K    e, summed over the members of each cluster
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     on h
@@ -54,7 +55,7 @@ Choices of ours, which may differ from the paper
     D5  A cluster votes by the mean of its members. By their sum, large clusters win by size.
     D6  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
-    python scl.py              # shapes, on a laptop; --dataset cifar10: for one GPU, not run on one
+    python scl.py                    # shapes, on a laptop; --dataset cifar10: meant for one GPU
     shapes, mean of seeds 0 to 4: ACC .992 by pv; .977 by k-means on z of the baseline (section 6)
 """
 import copy
@@ -74,7 +75,7 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 # 1. The loss
 # Anchors are the 2B views of the batch. Candidates are the same views for L_sem, and the N rows of
 #    the memory for votes. For each of the two, one product gives the cosines and one softmax gives
-#    e; the rest is read off e. In the formulas B counts anchors, and N and m_j are the candidates.
+#    e; the rest is read off e. The functions below have A anchors and J candidates m_j.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
 # How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
@@ -83,7 +84,7 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
 #    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
-#    in spite of it: a good start (D3) and votes by the mean (D5) matter more. Without a: no L_bal.
+#    in spite of L_bal: a good start (D3) and votes by the mean (D5) matter more.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes.
 # What it costs: about four matrices 2B x N at once. With 1.2 million rows and 512 views each takes
@@ -93,7 +94,7 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 def exponentials(z, candidates, tau):
     """e_ij = exp(s_ij / tau) / sum_l exp(s_il / tau),   s_ij = z_i . m_j
 
-    z (B, 128) anchors, candidates (N, 128), rows of unit length. -> (B, N), rows sum to 1. The
+    z (A, 128) anchors, candidates (J, 128), rows of unit length. -> (A, J), rows sum to 1. The
     divisor cancels in L_sem and in pv."""
     return (z / tau @ candidates.t()).softmax(1)
 
@@ -101,30 +102,30 @@ def exponentials(z, candidates, tau):
 def cluster_votes(e, clusters, k, own=None):
     """S_ik = sum_{j: c_j = k, j != o_i} e_ij
 
-    e (B, N), clusters c (N,) in 0..K-1, k: K. own o (B,): the memory row of the anchor's own image,
-    which has no vote; None: all vote. -> (B, K)"""
+    e (A, J), clusters c (J,) in 0..K-1, k: K. own o (A,): the memory row of the anchor's own image,
+    which has no vote; None: all vote. -> (A, K)"""
     if own is not None:
         e = e.scatter(1, own[:, None], 0)
     return e.new_zeros(len(e), k).index_add(1, clusters, e)
 
 
-def semantic_contrastive_loss(e, votes, own, clusters):
-    """L_sem = -mean_i log( e_i,o_i / (e_i,o_i + pushed_i) ),   pushed_i = sum_{k != c_i} S_ik
+def semantic_contrastive_loss(e, votes, twin, clusters):
+    """L_sem = -mean_i log( e_i,t_i / (e_i,t_i + pushed_i) ),   pushed_i = sum_{k != c_i} S_ik
 
-    The anchor's other view o_i is pulled, all members of all other clusters are pushed.
+    The anchor's other view t_i is pulled, all members of all other clusters are pushed.
 
-    e         (B, N) from exponentials; votes S (B, K) from cluster_votes: column c_i is not used
-    own       o (B,): the candidate that is the anchor's other view; its cluster is c_i
-    clusters  c (N,): cluster of each candidate, in 0..K-1
+    e         (A, J) from exponentials; votes S (A, K) from cluster_votes: column c_i is not used
+    twin      t (A,): the candidate that is the anchor's other view; its cluster is c_i
+    clusters  c (J,): cluster of each candidate, in 0..K-1
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
-    pushed. With c_j = j, S is e and this is instance discrimination: ln N when all are equally
-    similar. With one cluster it is 0. Where e_i,o_i is below the smallest float, e^-87, it is set
-    to that and has no gradient; only a tau below .03 leads so far, as cosines differ by 2 at most.
-    """
-    mine, smallest = clusters[own][:, None], torch.finfo(e.dtype).tiny
-    pulled = e.gather(1, own[:, None]).squeeze(1)                               # B
-    pushed = votes.scatter(1, mine, 0).sum(1)                                   # B
+    pushed. With one cluster it is 0. With a cluster for each image this is instance discrimination:
+    ln(A - 1) when all views of the batch are equally similar. Where e_i,t_i is below the smallest
+    float32, 1e-38, it is set to that and has no gradient; only a tau below .03 leads so far, as
+    cosines differ by 2 at most."""
+    mine, smallest = clusters[twin][:, None], torch.finfo(e.dtype).tiny
+    pulled = e.gather(1, twin[:, None]).squeeze(1)                              # A
+    pushed = votes.scatter(1, mine, 0).sum(1)                                   # A
     pulled, both = pulled.clamp(min=smallest), (pulled + pushed).clamp(min=smallest)
     return (both.log() - pulled.log()).mean()
 
@@ -134,18 +135,18 @@ def visual_prediction(votes, clusters):
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
     in the mean (D5). n_k counts the anchor's own row, which has no vote: so one n serves all
-    anchors, and the own cluster counts too little by a share 1/n_k. votes S (B, K), clusters c (N,)
-    of the candidates. -> (B, K), rows sum to 1; an empty cluster gets 0."""
+    anchors, and the own cluster counts too little by a share 1/n_k. votes S (A, K), clusters c (J,)
+    of the candidates. -> (A, K), rows sum to 1; an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
     size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
-    mean = votes / size.clamp(min=1)                                            # BxK
+    mean = votes / size.clamp(min=1)                                            # AxK
     return mean / mean.sum(1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def consistency_loss(pv, ps):
     """L_con = -mean_i log sum_k pv_ik ps_ik
 
-    pv, ps: (B, K) probabilities, the visual and the boundary prediction. -> scalar >= 0, lower is
+    pv, ps: (A, K) probabilities, the visual and the boundary prediction. -> scalar >= 0, lower is
     better: 0 only where both are one-hot and agree, ln K where either is uniform; at most 18.4, by
     the 1e-8 that keeps it finite where both are sure and differ."""
     return -((pv * ps).sum(1) + 1e-8).log().mean()
@@ -154,7 +155,7 @@ def consistency_loss(pv, ps):
 def balance_loss(logits):
     """L_bal = ln K - H(q),   q_k = mean_i ps_ik,   H(q) = -sum_k q_k ln q_k,   ps = softmax(logits)
 
-    logits: (B, K). -> scalar in [0, ln K], lower is better: 0 when the batch uses all clusters
+    logits: (A, K). -> scalar in [0, ln K], lower is better: 0 when the batch uses all clusters
     equally, ln K if all images are in one. Log-probabilities keep it finite where q_k is 0."""
     log_q = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))          # K
     return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum()
@@ -163,9 +164,9 @@ def balance_loss(logits):
 def update_memory(memory, rows, z, momentum):
     """m_i <- v / ||v||,   v = momentum m_i + (1 - momentum) z_i,   for i in rows
 
-    memory (N, 128); z (B, 128): the mean of an image's two views, both of unit length; rows (B,):
-    the images' rows in it, all different. -> the new memory, without gradient. Momentum 0 keeps the
-    newest, 1 the oldest."""
+    memory (N, 128) and z (B, 128), the mean of an image's two views, have rows of unit length;
+    rows (B,): where the images stand in the memory, all different. -> the new memory, without
+    gradient. Momentum 0 keeps the newest, 1 the oldest."""
     mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
     return memory.index_copy(0, rows, F.normalize(mixed, dim=1))
 
@@ -176,11 +177,11 @@ def update_memory(memory, rows, z, momentum):
 class Network(nn.Module):
     """Backbone f, head g, classifier W. B images -> z (B, 128), logits (B, K)"""
 
-    def __init__(self, backbone, features, clusters, dim=128):
+    def __init__(self, backbone, features, clusters):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Sequential(nn.Linear(features, 512, bias=False), nn.BatchNorm1d(512),
-                                  nn.ReLU(), nn.Linear(512, dim))
+                                  nn.ReLU(), nn.Linear(512, 128))
         self.classifier = nn.Linear(features, clusters)
 
     def embedding(self, h):
@@ -220,7 +221,7 @@ def hand_over(net, images, index, memory, statistics, args):
     """After the warm-up: W is fitted (D4). -> the first clusters (N,) (D3)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
     seen = images[index.to(images.device)]
-    h = embed(net.backbone, seen, statistics, memory.device)       # of complete images, eval mode
+    h = embed(net.backbone, seen, statistics, memory.device)       # un-augmented, in eval mode
     fit_classifier(net.classifier, h, clusters)
     return clusters
 
@@ -260,14 +261,14 @@ def parse(argv=None):
 
 def losses(z, logits, rows, memory, clusters, args):
     """The algorithm in one place. z (2B, 128) and logits (2B, K) of both views; rows (B,) of their
-    images in the memory (N, 128); its clusters (N,), None in the warm-up. -> L, {its terms}, pv and
-    ps (2B, K), None without clusters"""
+    images in the memory (N, 128); its clusters (N,), None in the warm-up and for the baseline.
+    -> L, {its terms}, pv and ps (2B, K), None without clusters"""
     b, k, rows = len(rows), logits.shape[1], torch.cat([rows, rows])            # 2B
     twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view; % b: the image
     alone = clusters is None or args.contrast == "instance"        # each image is its own cluster
-    c, n = (twin % b, b) if alone else (clusters[rows], k)                      # 2B
+    c, count = (twin % b, b) if alone else (clusters[rows], k)     # of both views of an image: 2B
     e = exponentials(z, z, args.tau)                                            # 2Bx2B
-    loss = semantic_contrastive_loss(e, cluster_votes(e, c, n), twin, c)
+    loss = semantic_contrastive_loss(e, cluster_votes(e, c, count), twin, c)
     terms = {"semantic": loss}
     if clusters is None:
         return loss, terms, None, None
@@ -289,8 +290,8 @@ def consensus(pv, ps, alpha=1.):
 
 
 def predictions(net, h, memory, clusters, tau):
-    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote. For training images
-    that includes their own row: only here, where nothing is chosen or trained by it."""
+    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote, for a training
+    image also its own: so it keeps its last cluster a little more easily than others get it."""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
                        for z in net.embedding(h).split(256)])
@@ -351,11 +352,11 @@ def train(args):
             "memory": F.normalize(start, dim=1), "clusters": None}
         memory, clusters = (None if saved[name] is None else saved[name].to(device)
                             for name in ("memory", "clusters"))
-        joint = saved.get("joint")                                 # of the report, KxK
+        joint = saved.get("joint")                                 # of the last epoch
         forward = torch.compile(net) if args.compile else net
         print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
               f"{fast_dtype(device)}; {run.folder}")
-        # 3. Epochs: from epoch `warm` on with clusters.
+        # 3. Epochs: from epoch `warm` on with clusters. Each part has its own learning rates.
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
         for epoch in range(run.epoch, args.epochs):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
