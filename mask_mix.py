@@ -13,10 +13,10 @@ have to agree) harder. Masking: the online network sees some views with random c
 erased, and still has to predict the target of the complete other view. Mixing: the features of two
 images are mixed, and the prediction of this virtual sample has to lie between their targets.
 
-             x1, masked or not: u1 -> f -> h1 -----------------> g -> q -> p  meets t2           L_g
-           /                                \ mixed, h1[pi] -> g -> q -> p  meets t2, t2[pi]  L_f
+         x1, masked or not: u1 -> f -> h1 -------------------> g -> q -> p      meets t2         L_g
+        /                               \ mixed with h1[pi] -> g -> q -> p_mix  meets t2, t2[pi] L_f
     image <
-           \ x2 -> f' -> g' -> t2, no gradient                         and all with 1 <-> 2
+        \ x2 -> f' -> g' -> t2, no gradient                                 and all with 1 <-> 2
 
     what the abstract says                            what stands here
     meaningful representations without negatives      BYOL: predictor, moving target
@@ -49,7 +49,7 @@ Choices of ours, which may differ from the paper
     D5  Views, head, grid, share of erased cells, lam, w_f, optimizer and schedule are ours.
 
     python mask_mix.py                                 # ten kinds of shapes, on a laptop
-    python mask_mix.py --dataset cifar10               # 200 epochs, meant for one GPU: not run
+    python mask_mix.py --dataset cifar10               # 200 epochs, for one GPU; shorter: section 7
     python mask_mix.py --detect runs/mask_mix-shapes-seed0    # detection; --against OTHER_RUN
 """
 import copy
@@ -75,7 +75,7 @@ from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError,
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 #
-# What prevents collapse? Not the loss: equal outputs in one direction would make it 0. But the
+# What prevents collapse? Not the loss: the same output for every image would make it 0. But the
 # target receives no gradient, it follows the online network slowly, only the online network has a
 # predictor q, and the last BatchNorm of g centres the targets, before they get unit length: so an
 # output that is the same for all images does not survive.
@@ -84,8 +84,9 @@ from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError,
 def regression_loss(p, t):
     """L = 1/B sum_b d(p_b, t_b),  d(p, t) = 2 - 2 <p, t> / (||p|| ||t||)
 
-    p: (B, D) predictions, t: (B, D) targets, any scale; pass t without gradient. Lower is better:
-    0 where all directions agree, 2 where they are orthogonal, 4 where they are opposite."""
+    p: (B, D) predictions, t: (B, D) targets, any scale (here B counts views: the table's 2B); pass
+    t without gradient. Lower is better: 0 where directions agree, 2 where they are orthogonal, 4
+    where they are opposite."""
     return (2 - 2 * F.cosine_similarity(p, t, dim=1)).mean()
 
 
@@ -125,8 +126,7 @@ def ema_update(target, online, m):
 class Network(nn.Module):
     """Backbone f, projector g, predictor q. Images (B, 3, H, W) -> projections z (B, 256)
 
-    The projector ends in a BatchNorm without scale and shift. So the targets are centred, and a
-    prediction that ignores its input is a poor one."""
+    The projector ends in a BatchNorm without scale and shift, which centres the targets."""
 
     def __init__(self, backbone, features, hidden=1024, dim=256):
         super().__init__()
@@ -146,11 +146,11 @@ class Network(nn.Module):
 # 3. The views and masks
 
 def random_mask(images, ratio, cells, generator, share=1., fill=0.):
-    """u = images; of a grid of cells x cells squares, round(ratio cells^2) erased in all channels.
+    """u = images without round(ratio cells^2) squares of a cells x cells grid, in all channels.
 
     images: (B, C, H, W) -> the same shape. Each image is masked with probability `share`, in
-    squares of its own. generator: a CPU one. fill: a number, or a tensor of a colour for each; 0 is
-    the mean colour of normalised images. Black would be easy to see."""
+    squares of its own. generator: a CPU one. fill: a number, or a colour for each image, (B, C, 1,
+    1). 0 is the mean colour of normalised images, which stands out less than black."""
     b, _, height, width = images.shape
     erased = torch.rand(b, cells**2, generator=generator).argsort(1) < round(ratio * cells**2)
     erased &= torch.rand(b, 1, generator=generator) < share
@@ -160,9 +160,9 @@ def random_mask(images, ratio, cells, generator, share=1., fill=0.):
 
 
 def make_views(args, statistics):
-    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> x1, x2, u1, u2, lam
+    """-> function of (raw images (n, 3, H, W) in [0, 1], generator) -> x1, x2, u1, u2, lam
 
-    x1, x2: complete views; u1, u2: what the online network sees of them; lam (B,). `batches` calls
+    x1, x2: complete views; u1, u2: what the online network sees of them; lam (n,). `batches` calls
     it for many batches at once, so a training step has nothing to draw and nothing to wait for."""
     j = args.jitter
 
@@ -174,8 +174,8 @@ def make_views(args, statistics):
     def make(x, rng):
         x1, x2 = view(x, rng), view(x, rng)
         lam = 1 - torch.rand(len(x), generator=rng) / 2            # in (.5, 1]: an image dominates
-        u1, u2 = (random_mask(view, args.mask_ratio, args.mask_grid, rng, args.mask_share)
-                  for view in (x1, x2))
+        u1, u2 = (random_mask(x, args.mask_ratio, args.mask_grid, rng, args.mask_share)
+                  for x in (x1, x2))
         return x1, x2, u1, u2, lam.to(x.device, non_blocking=True)
     return make
 
@@ -223,8 +223,8 @@ def parse(argv=None):
 
 def losses(online, target, v, u, lam, args):
     """Complete views v and online views u (2B, 3, H, W), those of x1 above those of x2, lam (B,)
-    -> L, {its terms and gauges}: the algorithm in one place. Means over 2B average both directions.
-    """
+    -> L, {numbers for the log}: the algorithm in one place. A mean over 2B is that of predicting
+    view 2 from view 1 and view 1 from view 2."""
     b = len(lam)
     lam = lam.repeat(2)                                            # 2B, the same for both views
     # The partner: the image before, in the same view. It is a random one, as the batch is shuffled.
@@ -237,21 +237,20 @@ def losses(online, target, v, u, lam, args):
         mixed = mix_features(h.float(), lam, partner)
         p, p_mix = (online.predictor(online.projector(x)).float() for x in (h, mixed))
     l_g = regression_loss(p, t)
-    l_f = mixed_regression_loss(p_mix, t, lam, partner)            # at w_f = 0 only a gauge
+    l_f = mixed_regression_loss(p_mix, t, lam, partner)            # at w_f = 0 only logged
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
     # The lowest L_g of a prediction that ignores its input: 2 if the mean of the unit targets is 0,
-    # less if not. (BatchNorm centres them before they get unit length.) While L_g is near it, even
-    # if both fall, p tells nothing about its image.
+    # less if not. While L_g is near `constant`, even if both fall, p tells nothing about its image.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 
 
 @torch.no_grad()
 def erased_knn(backbone, data, statistics, args, device):
-    """kNN accuracies of test images, all of them erased; complete training images vote. First with
-    the ratio, grid and fill of training, then with others: ten of 5 x 5 cells, random colours."""
+    """kNN accuracies of masked test images; complete training images vote. First with the mask of
+    training, then with another ratio, grid and fill: ten of 5 x 5 cells, random colours."""
     rng, test, known = generator(args.seed, 0, "erased"), data.test.images, data.train.labels >= 0
-    bank = embed(backbone, data.train.images[known], statistics, device)
+    bank = embed(backbone, data.train.images[known], statistics, device)    # label -1: unknown
     colour = torch.randint(256, (len(test), 3, 1, 1), generator=rng)        # images are 0 to 255
     for mask in ((args.mask_ratio, args.mask_grid, 255 * statistics[0]), (.4, 5, colour)):
         erased = random_mask(test, *mask[:2], rng, fill=mask[2])
@@ -281,7 +280,7 @@ def report(args, run, data, online, target, untrained, index, clusters, statisti
     """Scores of the frozen backbone and two baselines, on complete and erased images; pictures."""
     images, table = data.train.images, {}
     for net in (online, target):
-        # BatchNorm's running statistics, anew from complete images. Those of training are of crops,
+        # BatchNorm's running statistics, anew from whole images. Those of training are of crops,
         # and the online network's also of masked views and mixes.
         parts = index.chunk(max(1, len(index) // 512))
         complete = (normalise(fetch(images, part, device), statistics) for part in parts)
@@ -309,7 +308,7 @@ def report(args, run, data, online, target, untrained, index, clusters, statisti
 
 
 def train(args):
-    # 1. The data, checked before anything is written.
+    # 1. The data, checked before anything is written. clusters: how many k-means looks for at last.
     device, data, index, clusters = prepare(args, DEFAULTS)
     size = data.train.images.shape[-1]
     with Run(args, "mask_mix", data) as run:
@@ -355,7 +354,7 @@ def train(args):
             record.update(knn_gauge(online.backbone, data, index, statistics, device, epoch, args))
             run.end_epoch(record, per_epoch * args.batch_size, online=online, target=target,
                           optimizer=optimizer)
-        # 5. The report. Labels are used from here on and never before, except for the gauge knn.
+        # 5. The report. Labels are used from here on and never before, except for knn_gauge.
         report(args, run, data, online, target, untrained, index, clusters, statistics, views,
                device)
 
@@ -369,7 +368,7 @@ def train(args):
 # supervised ImageNet weights only. To go on to photographs, put torchvision.datasets.VOCDetection
 # in place of draw_scenes, its classes for KINDS, 480 for SIDE, and larger anchors.
 
-KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # OUTLINES: distances; SIDE: pixels
+KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # OUTLINES: signed, < 0 inside
 SCHEDULES = {100: 30, 1000: 6}                            # {scenes to learn from: epochs}
 
 
@@ -462,8 +461,7 @@ def make_detector(backbone, statistics):
         rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=100, rpn_batch_size_per_image=64,
         box_batch_size_per_image=32)
     # A layer that is left out or frozen in silence would look like a bad backbone.
-    inside = model.backbone.body.state_dict()
-    assert all(torch.equal(inside[k], tensor) for k, tensor in backbone.state_dict().items())
+    assert model.backbone.body.state_dict().keys() == backbone.state_dict().keys()
     assert all(p.requires_grad for p in model.parameters())
     return model
 
@@ -483,7 +481,7 @@ def train_detector(model, images, truth, epochs, seed, device, name):
             loss.backward()
             optimizer.step()
             meter.add(loss=loss)
-    if not math.isfinite(meter.means()["loss"]):                   # it happened at a rate of .05
+    if not math.isfinite(meter.means()["loss"]):                   # it happened at lr .05
         raise NotFinite(f"{name}: the detector's loss is not finite")
     return model.eval()
 
@@ -502,7 +500,8 @@ def detection_picture(images, found, truth):
 
 def detect(args):
     """A detector on each backbone and schedule: AP50, and AP, the mean over the thresholds .5, .55,
-    ..., .95. Writes detection.json, and detection.png: eight test scenes, the first backbone's."""
+    ..., .95. Writes detection.json, and detection.png: eight test scenes, the first backbone
+    after the last schedule."""
     device, folder, table = pick_device(args.device), Path(args.out or args.detect), {}
     if (folder / "detection.json").exists():
         raise UserError(f"{folder} already holds detection.json: choose another folder with --out")
