@@ -441,8 +441,8 @@ def prepare(args, defaults, **options):
     if args.clusters is None and data.classes is None:
         raise UserError(f"{data.name} has no labels: say how many clusters, e.g. --clusters 10")
     clusters = args.clusters or len(data.classes)
-    for flag, value in (("--batch-size", args.batch_size or 2), ("--clusters", clusters)):
-        if value > len(index):
+    for flag, value in (("--batch-size", args.batch_size), ("--clusters", clusters)):
+        if value and value > len(index):
             raise UserError(f"{flag} {value}: there are only {len(index):,} training images")
     return device, data, index, clusters
 
@@ -506,11 +506,12 @@ SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
 MAX_PIXELS = 100_000_000                  # a larger picture is refused: a small file can be huge
+Image.MAX_IMAGE_PIXELS = None             # so Pillow need not warn
 
 
 def find_files(root, skip):
     """All image files below root, each as a tuple of names below root, sorted. skip: folders that
-    are not data. Links are followed last: an image found twice is named by its real folder."""
+    are not data. Links to folders come last, so that a folder found twice has its real name."""
     skip = {os.path.realpath(path) for path in skip}
     files, others, seen, folders, links = [], 0, {*skip}, [((), root)], []
     while folders or links:
@@ -576,8 +577,8 @@ def layout(root, every, files, labelled, known):
     tops = sorted({f[depth] for f in files if len(f) > depth + 1})
     role_of = {top: SPLITS.get(top.lower()) for top in tops}
     named = [top for top, role in role_of.items() if role]
-    passed = {SPLITS.get(part.lower()) for part in files[0][:depth]} - {None, "train"}
-    if passed and any(SPLITS.get(part.lower()) == "train" for f in every for part in f[:-1]):
+    stepped_into = {SPLITS.get(part.lower()) for part in files[0][:depth]} - {None, "train"}
+    if stepped_into and any(SPLITS.get(part.lower()) == "train" for f in every for part in f[:-1]):
         raise UserError(f"{one_line(root)}: no image of its train folder can be read")
     groups = {"train": files}
     if named and named == tops:
@@ -696,8 +697,8 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
     """Decode files (tuples of names below root), or take them from the cache of data_dir.
 
     decoding   of another Dataset: its grey and ground are used again; else they are measured
-    network    (name, function): only thumbnails of the images are kept, and beside them
-               'features', function((B, 3, size, size) uint8) -> (B, D)
+    network    (a name for the cache, a function (B, 3, size, size) uint8 -> (B, D)): what it
+               returns is kept as 'features', and of the images thumbnails of 96 px at most
     -> what decode_all returns"""
     # The key changes with every change that `stat` can see, also when two files swap their names.
     paths = [os.path.join(root, *f) for f in files]
@@ -719,7 +720,7 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
         good = kept["key"] == key and rows == list(range(len(paths))) and \
             images.dtype == torch.uint8 and images.shape == (n, 3, side, side) and \
             (len(kept["features"]) == n if network else kept["features"] is None) and \
-            all(isinstance(line, str) for line in [] + kept["lines"])      # [] +: of a list alone
+            isinstance(kept["lines"], list) and all(isinstance(x, str) for x in kept["lines"])
         for i, _ in kept["bad"] if good else ():                   # it may be readable by now
             good = good and isinstance(decode(paths[i], **kept["how"]), str)
     except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError):
@@ -745,7 +746,8 @@ def levels(image, path):
         with contextlib.suppress(AttributeError, RuntimeError):
             data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
             full = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.UNCHANGED)
-            return full[:3 if len(full) > 2 else 1].double().permute(1, 2, 0).squeeze(2).numpy()
+            if len(full) % 2:              # else it is transparent: 8 bits of Pillow will do
+                return full.double().permute(1, 2, 0).squeeze(2).numpy()
     return None
 
 
@@ -801,7 +803,6 @@ def decode_all(name, paths, size, fit, decoding, network):
     """Decode files with all cores. A look at every file decides first what all images share: their
     size, the scale of grey levels, the ground behind transparency.
     -> what read_files keeps: images or thumbnails, features, good, bad, lines, how"""
-    Image.MAX_IMAGE_PIXELS = None          # MAX_PIXELS decides, and says so in words
     lines, started = [], time.time()
     images, features, good, bad = [], [], [], []
     with ThreadPoolExecutor() as pool:
@@ -847,8 +848,8 @@ def decode_all(name, paths, size, fit, decoding, network):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Views of a batch (B, 3, H, W) in [0, 1], on its device; every image gets its own draw. A CPU
-#    generator draws: a seed gives the same views on all CPUs, and others on all GPUs (batches).
+# 5. Views of a batch (B, 3, H, W) in [0, 1], on its device. The CPU draws, for each image anew: a
+#    seed gives the same views on every CPU; others on a GPU, since batches() draws more at once.
 
 def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
     """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, H, W)
@@ -958,9 +959,9 @@ def resnet18(image_size, width=64, stem_stride=1):
     """torchvision's ResNet-18 without its classifier. (B, 3, H, W) -> (B, 8 * width) features
 
     width: channels of the first stage, 16 or more: with fewer torch's backward writes over foreign
-    memory on some CPUs. At 64 the state_dict loads into torchvision's resnet18 (for images up to
-    128 px without the stem). stem_stride, up to 128 px: 2 halves the image, about 3x faster. With
-    ImageNet's 7x7 stem one position would be left of 32 px: that costs many points."""
+    memory on some CPUs. At 64 the names and shapes of the weights are those of torchvision's
+    resnet18, but for the stem up to 128 px. stem_stride, up to 128 px: 2 halves the image, about 3x
+    faster. ImageNet's 7x7 stem would shrink 32 px to a map of 1 x 1, which costs many points."""
     net = torchvision.models.resnet18()
     if image_size <= 128:                 # 3x3; above 64 px with the 2x2 max-pool of SCAN's STL-10
         net.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
@@ -1035,8 +1036,7 @@ class Meter:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluation, the same for all four. Labels are used here, and never in training; --train-size
-#    takes equally many images of each class, and --clusters is by default the number of classes.
+# 8. Evaluation, the same for all four. Labels are used here (and by --train-size), by no loss.
 
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
@@ -1073,7 +1073,7 @@ def cluster_scores(labels, assignments, vote_from=None):
     vote_from = (labels, assignments) of the images that vote, each cluster takes the class of most
     of its members ('majority vote'). NMI is divided by the arithmetic mean of both entropies.
     -> {'acc', 'nmi', 'ari', 'rule', 'clusters': how many are not empty, 'classes': the class of
-    each cluster, -1 for none}"""
+    each cluster up to the last that is not empty, -1 for none}"""
     table = contingency(labels, assignments)
     a, b = table.sum(1), table.sum(0)
     if vote_from is None:
@@ -1275,7 +1275,7 @@ def print_scores(table, data):
 
 def protocol(table, data):
     """In words: fitted on what, scored on what."""
-    if not table:
+    if not any(table.values()):
         return "no labels, no scores"
     rules = " or ".join(sorted({s.get("kmeans", s)["rule"] for s in table.values()}))
     k = max(scores.get("k_neighbours", 0) for scores in table.values())
@@ -1438,15 +1438,13 @@ class Run:
         for name in self.FILES:
             for left_by_a_kill in self.folder.glob(f"{name}.[0-9]*.tmp"):
                 left_by_a_kill.unlink(missing_ok=True)
-        if self.saved:
-            print(f"resuming {self.name} after epoch {self.epoch}")
         self.saved_at = self.ended = time.time()
         return self
 
     def __exit__(self, kind, error, trace):
         self.lock.close()
         (self.folder / "lock").unlink(missing_ok=True)
-        if error is not None:
+        if error is not None and not isinstance(error, NotFinite):     # it would return
             error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
 
@@ -1463,6 +1461,8 @@ class Run:
             except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
                 self.drop(error)
                 self.read()
+        if self.saved:
+            print(f"resuming {self.name} after epoch {self.epoch}")
         write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.log))
         self.ended = time.time()
         return {name: value for name, value in self.state.items() if name not in parts}
@@ -1476,8 +1476,8 @@ class Run:
         bad += [f"a weight of {name}" for name, part in state.items() if isinstance(part, nn.Module)
                 and not all(t.isfinite().all() for t in part.state_dict().values())]
         if bad:
-            raise NotFinite(f"{self.method}, epoch {self.epoch + 1}: {', '.join(bad)} not finite; "
-                            f"the checkpoint after epoch {self.saved} is kept")
+            raise NotFinite(f"{self.method}, epoch {self.epoch + 1}: {', '.join(bad)} not finite" +
+                            f"; the checkpoint after epoch {self.saved} is kept" * bool(self.saved))
         seconds, group = time.time() - self.ended, state["optimizer"].param_groups[0]
         self.epoch, self.seconds = self.epoch + 1, self.seconds + seconds
         lr = group["lr"] / group.get("factor", 1)                  # without the factor of set_lr

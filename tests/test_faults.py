@@ -411,6 +411,34 @@ def test_what_is_not_finite_stops_the_run_and_the_checkpoint_before_it_stays(
     assert common.load_checked(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
+def test_a_loss_that_is_not_finite_in_the_first_epoch_is_one_line_without_an_epoch_0(
+        tmp_path, monkeypatch, few_shapes, capsys):
+    module = importlib.import_module("identitize")
+    monkeypatch.setattr(module, "identitization_loss", lambda m, _: m.sum() * float("nan"))
+    with pytest.raises(SystemExit):
+        module.main(arguments("identitize", tmp_path / "run"))
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and "identity" in err
+    assert "epoch 0" not in err and "--resume" not in err          # it would end there again
+
+
+def test_a_run_stopped_between_two_steps_goes_on_before_any_checkpoint_was_due(
+        tmp_path, monkeypatch, few_shapes, capsys):
+    module, mine = importlib.import_module("scan"), importlib.import_module("scan").mine
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "INTERVAL", 3600)
+    monkeypatch.setattr(module, "mine", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        module.main(arguments("scan", tmp_path / "run"))
+    assert "--resume goes on after epoch 2" in capsys.readouterr().err
+    monkeypatch.setattr(module, "mine", mine)
+    module.main(arguments("scan", tmp_path / "run", "--resume"))
+    assert "resuming" in capsys.readouterr().out
+    assert [r["epoch"] for r in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 @ALL
 def test_too_little_memory_is_one_line_that_says_what_to_lower(script, tmp_path, monkeypatch,
                                                                few_shapes, capsys):

@@ -261,12 +261,12 @@ def test_a_file_that_becomes_readable_comes_in(code, tmp_path, monkeypatch, caps
     assert count(load(root, tmp_path).train, ["cat", "dog"]) == tree("*")
 
 
-def png(width, height, bits, data):
+def png(width, height, bits, data, kind=2):
     """A file that says it is a colour image of this size, whatever the data are."""
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + \
                            struct.pack(">I", zlib.crc32(kind + content))
-    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) +
             chunk(b"IEND", b""))
 
@@ -362,6 +362,31 @@ HOT, EDGE, HOLES = ramp(0, 4095, "uint16"), ramp(0, 4095, "uint16", 1000, 20), r
 HOT[5, 5], EDGE[:, 0], HOLES[20:23, 30:33] = 65535, 0, [np.nan, np.inf, -np.inf]
 COLOUR = np.repeat(ramp(0, 4095, ">u2")[:, :, None], 3, 2)         # a camera of 12 bits
 COLOUR = png(64, 64, 16, zlib.compress(b"".join(b"\0" + row.tobytes() for row in COLOUR)))
+
+
+def test_the_hidden_colour_of_a_transparent_image_of_16_bits_stays_hidden(tmp_path):
+    # Blue, but for a red square whose colour is kept behind full transparency.
+    pixels = np.zeros((64, 64, 4), ">u2")
+    pixels[..., 2:] = 65535
+    pixels[16:48, 16:48] = 65535, 0, 0, 0
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    seen = Image.new("RGB", (64, 64), BLUE)
+    make(tmp_path / "deep", {"a.png": png(64, 64, 16, zlib.compress(rows), 6), "b.png": seen})
+    images = load(tmp_path / "deep", tmp_path, image_size=64).train.images
+    red, _, blue = images[0, :, 32, 32].tolist()
+    assert red == blue and near(images[0, :, :8], BLUE)
+
+
+def test_a_picture_with_too_many_pixels_is_one_line_at_every_start(tmp_path, monkeypatch, capsys,
+                                                                  recwarn):
+    monkeypatch.setattr(common, "MAX_PIXELS", 5000)
+    root = make(tmp_path / "big", {"a.png": noise("a", (100, 100)), "b.png": noise("b"),
+                                   "c.png": noise("c")})
+    assert common.Image.MAX_IMAGE_PIXELS is None                   # or Pillow warns in its words
+    for start in range(2):
+        assert len(load(root, tmp_path).train.images) == 2
+        lines = [x for x in capsys.readouterr().out.splitlines() if "a.png" in x]
+        assert len(lines) == 1 and "10" in lines[0] and not recwarn
 
 
 @pytest.mark.parametrize("name, content", [

@@ -346,8 +346,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_loud_line(tmp_
     damage(folder / "checkpoint.pt", how)
     assert resumed(folder) == (2, 2.)
     assert [r["epoch"] for r in log_of(folder)] == [1, 2]
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert "WARNING" in err and "checkpoint.pt" in err
+    assert "after epoch 2" in out and "after epoch 3" not in out
 
 
 @pytest.mark.parametrize("how", DAMAGES[:-1])
@@ -424,7 +425,8 @@ def test_a_sound_file_whose_parts_do_not_fit_is_left_for_the_one_before(tmp_path
         assert mine["net"].weight.isfinite().all()
         epoch(run, 3)
     assert [r["epoch"] for r in log_of(folder)] == [1, 2, 3]
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out.count("resuming") == 1 and "after epoch 2" in out
     assert err.count("WARNING") == 1 and len(err.strip().splitlines()) == 1
     assert resumed(folder) == (3, 3.)
 
