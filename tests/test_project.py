@@ -15,7 +15,7 @@ SCRIPTS = [name for name in ("scan", "identitize", "mask_mix", "scl")
 
 
 def readme_commands():
-    """(script, arguments) of every command in the README's code blocks."""
+    """(script, arguments) of every command in the README's code blocks, and of its claims."""
     found = []
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")  # a command may go on
     for block in re.findall(r"```\w*\n(.*?)```", text, re.S):
@@ -23,6 +23,8 @@ def readme_commands():
             match = re.search(r"python (\w+)\.py(.*)", line.split("#")[0])
             if match and match[1] in SCRIPTS:
                 found.append((match[1], shlex.split(match[2])))
+    for script, cells in re.findall(r"^\| `(\w+)\.py` \|(.*)", text, re.M):      # of the claims
+        found += [(script, shlex.split(options)) for options in re.findall(r"`(--.*?)`", cells)]
     return found
 
 
