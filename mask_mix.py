@@ -549,7 +549,7 @@ if __name__ == "__main__":
 #     --mask-share 0 --mix-weight 0, BYOL        .910 +- .045  .990    .665              .285
 #     raw pixels                                 .706          -       .657              .426
 # CIFAR-10 (saved as JPEG), 10,000 images, 60 epochs, options A of the README (*: seed 0)
-#     no other option                            .489 +- .009  .541    .479              .250
+#     no other option                            .489 +- .009  .541    .479              .253
 #     --mix-weight 0 *                           .481          .538    .473              .251
 #     --mask-share 0 *                           .471          .531    .382              .239
 #     --mask-share 0 --mix-weight 0              .468 +- .005  .530    .378              .240
