@@ -553,7 +553,7 @@ if __name__ == "__main__":
 #     --mix-weight 0 *                           .481          .538    .473              .251
 #     --mask-share 0 *                           .471          .531    .382              .239
 #     --mask-share 0 --mix-weight 0              .468 +- .005  .530    .378              .240
-#     raw pixels                                 .412          -       .405              .231
+#     raw pixels                                 .412          -       .405              .233
 # So masking helps on CIFAR-10, on complete images, too; on shapes neither addition does. Features
 # become robust to the mask of training, and hardly to another one. When L_g leaves `constant` is
 # chance: seed 0 of the first row has kNN .892, but .722 with two threads, so +- is too small there.
