@@ -1444,7 +1444,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         self.lock.close()
         (self.folder / "lock").unlink(missing_ok=True)
-        if error is not None and not isinstance(error, NotFinite):     # it would return
+        if error is not None and not isinstance(error, NotFinite):     # it would end so again
             error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
 

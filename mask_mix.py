@@ -368,7 +368,7 @@ def train(args):
 # supervised ImageNet weights only. To go on to photographs, put torchvision.datasets.VOCDetection
 # in place of draw_scenes, its classes for KINDS, 480 for SIDE, and larger anchors.
 
-KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # OUTLINES: signed, < 0 inside
+KINDS, SIDE, TEST_SCENES = list(OUTLINES), 96, 500        # OUTLINES: < 0 inside; SIDE: pixels
 SCHEDULES = {100: 30, 1000: 6}                            # {scenes to learn from: epochs}
 
 

@@ -917,5 +917,5 @@ if __name__ == "__main__":
 # The heads of one run differ by .05, so none of these differences is a reason to change a setting.
 # Standardising matters: without it 7 of the 12 clusters of photographs were empty after 5 epochs.
 # The released clamp of the SCAN loss (D11) gave these heads the same ACC: no pair came near it.
-# 10,000 images of CIFAR-10, claim B of the README, ACC, NMI: after step 2 .363 .268, step 3 .357
-# .273; with --weak-pass train, as released: .335 .258.
+# 10,000 images of CIFAR-10, second claim of the README, ACC, NMI: after step 2 .363 .268, step 3
+# .357 .273; with --weak-pass train, as released: .335 .258.
