@@ -25,10 +25,12 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import socket
 import sys
 import time
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -39,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.special import comb
 from scipy.stats import entropy
@@ -81,7 +83,9 @@ def run_script(train, args):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")          # letters the terminal lacks
     try:
-        return train(copy.copy(args))
+        result = train(copy.copy(args))
+        print(end="", flush=True)                                  # a full disk shows here
+        return result
     except BaseException as error:
         code, line = 1, str(error)
         if isinstance(error, UserError):
@@ -93,15 +97,20 @@ def run_script(train, args):
             line = "out of memory: lower --batch-size, --width or --image-size"
         elif isinstance(error, OSError):                           # a full disk
             line = f"the machine refused a file: {one_line(error)}"
-            if isinstance(error, BrokenPipeError):                 # "| head" has ended
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            line = f"torch.compile fails here, leave out --compile: {one_line(error)}"
         else:
             raise
         line += getattr(error, "resume", "")                       # set by a Run: how to go on
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr if code else sys.stdout)
+    try:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr if code else sys.stdout)
+        print(end="", flush=True)
+    except OSError:                        # "| head" has ended, or the disk is full: say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     if code:
         raise SystemExit(code)
 
@@ -138,7 +147,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv, defaults):
         """The arguments. defaults: {dataset: {flag: value}}, those that differ from the flags' own
         defaults; 'folder' stands for any path."""
-        name = self.parse_args(argv).dataset                       # first of all the dataset
+        name = look_ahead(argv, "--dataset") or "shapes"           # also for --help
         self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
         args = self.parse_args(argv)
         for flag, value in vars(args).items():
@@ -153,6 +162,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+
+
+def look_ahead(argv, flag):
+    """The value of one flag that decides on the defaults of others; None where it is not given."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument(flag, nargs="?", dest="value")
+    return early.parse_known_args(argv)[0].value
 
 
 def number(kind, low, high=2**31, above=False):
@@ -252,6 +268,7 @@ class Dataset(NamedTuple):
 
 NAMES = ("shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10", "tiny-imagenet",
          "imagenet10", "imagenet-dogs")
+IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}  # others: files
 NEEDS_NOTHING = "or use --dataset shapes, which needs nothing"
 SUBSETS = {                               # of ImageNet, in the clustering literature
     "imagenet10": "n02056570 n02085936 n02128757 n02690373 n02692877 n03095699 n04254680 n04285008 "
@@ -268,6 +285,9 @@ def load_dataset(name, data_dir="data", image_size=None, **options):
     image_size: side in pixels; None: the dataset's own. options: see _folder and read_files. Raises
     UserError for an unknown name, an unusable folder, a failed download."""
     data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
+    given = [flag for flag in ("classes", "unlabelled", "labelled") if options.get(flag)]
+    if name in IN_MEMORY and given:
+        raise UserError(f"--{given[0]} is for folders of images, not for {name}")
     if name == "shapes":
         data = _shapes(image_size or 32)
     elif name == "tiny-imagenet":
@@ -323,8 +343,8 @@ def _shapes(size, train=5000, test=2000):
         rows = labels == kind
         distance[rows] = outline(x[rows], y[rows])
     cover = np.clip(.5 - distance * radius * size, 0, 1)[:, None]  # antialiased over one pixel
-    # Colours are independent, but a shape is brighter than its background, by .25 or more. If some
-    # shapes were darker, the clusters found would be pairs (shape, darker or brighter).
+    # Colours are independent, but a shape is brighter than its background, by about .25 or more. If
+    # some shapes were darker, the clusters found would be pairs (shape, darker or brighter).
     back, fore = uniform(0, .6, (n, 3, 1, 1)), uniform(.3, 1, (n, 3, 1, 1))
     fore += np.clip(.25 - (fore.mean(1) - back.mean(1)), 0, None)[:, None]
     slope = uniform(-.05, .05, (2, n, 3, 1, 1))
@@ -505,6 +525,7 @@ SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", 
           "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"}
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))   # EXIF orientation
 MAX_PIXELS = 100_000_000                  # a larger picture is refused: a small file can be huge
 Image.MAX_IMAGE_PIXELS = None             # so Pillow need not warn
 
@@ -518,7 +539,8 @@ def find_files(root, skip):
         parts, place = (folders or links).pop()
         real = os.path.realpath(place)
         if real in seen or Path(real) in Path(root).parents:
-            why = "--out or --data-dir" if real in skip else "read already, or above the data set"
+            why = "--out or --data-dir (give another, if your images are there)" if real in skip \
+                else "read already, or above the data set"
             print(f"  left out, {why}: {one_line(place)}")
             continue
         seen.add(real)
@@ -577,16 +599,17 @@ def layout(root, every, files, labelled, known):
     tops = sorted({f[depth] for f in files if len(f) > depth + 1})
     role_of = {top: SPLITS.get(top.lower()) for top in tops}
     named = [top for top, role in role_of.items() if role]
-    stepped_into = {SPLITS.get(part.lower()) for part in files[0][:depth]} - {None, "train"}
-    if stepped_into and any(SPLITS.get(part.lower()) == "train" for f in every for part in f[:-1]):
-        raise UserError(f"{one_line(root)}: no image of its train folder can be read")
+    for i, part in enumerate(files[0][:depth]):                    # into test, beside train?
+        if SPLITS.get(part.lower(), "train") != "train" and \
+                any(SPLITS.get(f[i].lower()) == "train" for f in every if len(f) > i + 1):
+            raise UserError(f"{one_line(root)}: no image of its train folder can be read")
     groups = {"train": files}
     if named and named == tops:
         groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
         loose = len(files) - sum(len(group) for group in groups.values())
         if "train" not in groups or len(groups) < len(tops):
             raise UserError(f"{one_line(root)} has the folders {', '.join(tops)}: name exactly one "
-                            f"of them train, and no two the same")
+                            f"of them train and no two the same, or give --unlabelled")
         if loose:
             print(f"  left out, beside {' and '.join(tops)}: {loose:,} images")
         depth += 1
@@ -610,7 +633,8 @@ def layout(root, every, files, labelled, known):
             why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
             print(f"  left out, {where}: {len(groups[role]):,} images: {why}")
             continue
-        chosen, strange = where, sorted(set(inner.values()) - names) if names else ()
+        strange = sorted(set(inner.values()) - names) if names else ()
+        chosen = where if set(inner.values()) - set(strange) else None
         if strange:
             lost = sum(label in strange for label in inner.values())
             print(f"  left out, {lost:,} images of {where}, as train lacks these classes: "
@@ -620,18 +644,24 @@ def layout(root, every, files, labelled, known):
     return found
 
 
-def only_classes(files, lines, source):
-    """The files in the folders that lines name, and these names. In a line all that follows a name
-    is ignored."""
+def wanted_classes(files, lines, source):
+    """The names of folders of files that lines begin with. What follows a name is ignored."""
     folders = {part for f in files for part in f[:-1]}
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
     names = {line if line in folders else line.split()[0] for line in lines}
     missing = ", ".join(one_line(name) for name in sorted(names - folders))
     if not names:
         raise UserError(f"{one_line(source)} names no class")
     if missing:
         raise UserError(f"{one_line(source)} names {missing}, of which there are no images")
-    return [f for f in files if names & set(f[:-1])], names
+    return names
+
+
+def read_lines(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labelled=False, out=None,
@@ -651,33 +681,33 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     files = find_files(root, skip)
     if name:                               # another built-in set may lie in ImageNet's folder
         files = [f for f in files if f[0].lower() in SPLITS]
-    source, lines = classes, []
-    try:
-        if classes:
-            only = Path(classes).read_text(encoding="utf-8-sig").split("\n")
-        source = root / "val/val_annotations.txt"                  # image <tab> class <tab> box
-        if name and source.is_file():
-            lines = source.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read: {one_line(error)}") from None
-    # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes.
-    moved = {("val", "images", row[0]): ("val", row[1], row[0])
-             for row in (line.split("\t") for line in lines) if len(row) > 1}
+    only = read_lines(classes) if classes else only
+    # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes;
+    # accents, which Unicode writes in two ways, in one way.
+    boxes = root / "val/val_annotations.txt"                       # image <tab> class <tab> box
+    rows = [line.split("\t") for line in (read_lines(boxes) if name and boxes.is_file() else ())]
+    moved = {("val", "images", row[0]): ("val", row[1], row[0]) for row in rows if len(row) > 1}
+
+    def seen(file):
+        return tuple(unicodedata.normalize("NFC", part) for part in moved.get(file, file))
     if only:
-        file_of = {moved.get(f, f): f for f in files}
-        wanted, known = only_classes(sorted(file_of), only, classes or name)
-        files = [file_of[f] for f in wanted]
+        known = wanted_classes([seen(f) for f in files], only, classes or name)
+        files = [f for f in files if known & set(seen(f)[:-1])]
     if not files:
         raise UserError(f"{one_line(root)}: no images there (endings: {' '.join(sorted(ENDINGS))})")
-    name = name or "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name) or "folder"
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name)
+    name = name or plain[:60] or "folder"  # file systems allow 255 bytes, with all that is added
     kept = read_files(name, root, files, data_dir, size, **options)
-    every = [moved.get(f, f) for f in files]
+    every = [seen(f) for f in files]
     good = [every[i] for i in kept["good"]]
     if not good:
         raise UserError(f"{one_line(root)}: none of its image files can be read")
     found = {f: ("train", None) for f in good} if unlabelled else \
         layout(root, every, good, labelled, known)
     names = sorted({label for _, label in found.values()} - {None})
+    if only and set(names) - known:
+        raise UserError(f"{one_line(classes or name)}: some folders that it names are not classes; "
+                        f"the classes are {one_line(', '.join(names))}")
     splits = []
     for split in ("train", "test"):
         rows = [row for row, f in enumerate(good) if f in found and found[f][0] == split]
@@ -746,7 +776,9 @@ def levels(image, path):
         with contextlib.suppress(AttributeError, RuntimeError):
             data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
             full = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.UNCHANGED)
-            if len(full) % 2:              # else it is transparent: 8 bits of Pillow will do
+            if len(full) % 2 == 0 and full[-1].int().min() == 65535:   # nothing is transparent
+                full = full[:-1]
+            if len(full) % 2:              # else 8 bits of Pillow will do
                 return full.double().permute(1, 2, 0).squeeze(2).numpy()
     return None
 
@@ -779,11 +811,13 @@ def decode(path, size, fit, grey, ground):
                 return f"{image.width} x {image.height} pixels are too many"
             image.draft("RGB", (size, size))                       # JPEG: decode near the target
             deep, square = levels(image, path), (size, size)
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             if deep is not None:
                 low, high = grey or (0, 65535)                     # None: no level was finite
                 deep = np.nan_to_num((deep - low) / (high - low) * 255, nan=0, posinf=255, neginf=0)
                 image = Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
+            if turn is not None:
+                image = image.transpose(turn)
             if image.has_transparency_data:
                 level = 255 if ground is None else ground
                 back = Image.new("RGBA", image.size, (level, level, level, 255))
@@ -1191,7 +1225,8 @@ def knn_gauge(backbone, data, index, statistics, device, epoch, args):
 
 @torch.no_grad()
 def logistic_regression(x, y, classes, decay, iterations=100):
-    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by scipy's L-BFGS.
+    """min over w of mean cross-entropy(x w[1:] + w[0], y) + decay ||w[1:]||^2, by at most
+    `iterations` steps of scipy's L-BFGS.
 
     x (N, D), best standardised; y (N,) classes. The device computes the loss and its gradient.
     -> w (D + 1, C), the bias first"""
@@ -1230,13 +1265,15 @@ def linear_probe(features, labels, test_features, classes, seed):
 def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, restarts=20):
     """Scores of frozen features (N, D) and (M, D); {} without labels. -> (scores, Clustering)
 
-    k-means is fitted on train_h[index], the images learned from (None: all), and applied to both
-    splits. kNN and the linear probe use all labelled training images. Without a test split, kNN
-    classifies each image by all the others, and there is no probe."""
+    k-means is fitted on train_h[index], the images learned from (None: all); then each image of
+    both splits goes to its nearest centroid. kNN and the linear probe use all labelled training
+    images. Without a test split, kNN classifies each image by all the others; there is no probe."""
     fit = train_h if index is None else train_h[index.to(train_h.device)]
-    centre = F.normalize(kmeans(fit, clusters, seed, restarts)[1], dim=1)
-    p = ((F.normalize(h, dim=1) @ centre.t() / .1).softmax(1) for h in (train_h, test_h))
-    found = clustering(*p)                                         # p: softmax(cosines / .1)
+    centre = kmeans(fit, clusters, seed, restarts)[1]
+    # (1 - |x - c|^2) / 2 = x . c - |c|^2 / 2. Its softmax, at .1, is the confidence.
+    near = (F.normalize(h, dim=1) @ centre.t() - centre.square().sum(1) / 2
+            for h in (train_h, test_h))
+    found = clustering(*((n / .1).softmax(1) for n in near))
     if data.classes is None:
         return {}, found
     seen = data.train.labels >= 0
@@ -1379,12 +1416,13 @@ class Run:
                 raise UserError(f"--out {self.name}: {one_line(place)} is a file")
         held = [file for file in self.FILES if (self.folder / file).exists()]
         self.usable = [self.folder / file for file in held if file.startswith("checkpoint")]
+        new = set(held) <= {"log.jsonl", "neighbours.png"}         # made before any checkpoint
         if held and not args.resume:
-            raise UserError(f"{self.name} already holds {held[0]}: continue that run with "
-                            f"--resume, or {other}")
+            go_on = "continue that run with --resume, or " * bool(self.usable or new)
+            raise UserError(f"{self.name} already holds {held[0]}: {go_on}{other}")
         if self.usable:
             self.read()
-        elif set(held) - {"log.jsonl"}:
+        elif not new:
             raise UserError(f"{self.name} holds {held[-1]} but no checkpoint: {other}")
         elif args.resume:
             print(f"{self.name} holds no checkpoint yet: starting from the beginning")
@@ -1415,9 +1453,10 @@ class Run:
                 flag = {"method": "the method", "images": "other images,"}.get(
                     key, "--" + key.replace("_", "-"))
                 why = " (it shapes the learning rate)" if "epochs" in key else ""
-                raise UserError(f"{self.name} was made with {flag} {theirs.get(key)}, not "
-                                f"{mine.get(key)}{why}: give the same, or start a new run in "
-                                f"another folder with --out")
+                there, here = ("unset" if value is None or value is False else value
+                               for value in (theirs.get(key), mine.get(key)))
+                raise UserError(f"{self.name} was made with {flag} {there}, not {here}{why}: give "
+                                f"the same, or start a new run in another folder with --out")
         self.epoch = self.saved = saved["epoch"]
         self.seconds, self.log, self.state = saved["seconds"], saved["log"], saved["state"]
 
@@ -1428,7 +1467,7 @@ class Run:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")                # a kill releases it
+        self.lock = open(self.folder / "lock", "a")                # a kill releases it
         with contextlib.suppress(ImportError):                     # on Windows nothing locks
             import fcntl
             try:
@@ -1442,9 +1481,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
+        ours = self.lock.tell() == 0       # else the user had a file of this name
         self.lock.close()
-        (self.folder / "lock").unlink(missing_ok=True)
-        if error is not None and not isinstance(error, NotFinite):     # it would end so again
+        if ours:
+            (self.folder / "lock").unlink(missing_ok=True)
+        if error is not None and self.method != "assign" and not isinstance(error, NotFinite):
             error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
 
@@ -1513,7 +1554,7 @@ class Run:
         device = next(backbone.parameters()).device
         result = {"method": self.method, "dataset": self.data.name, "scores": scores, **more,
                   "protocol": protocol(scores, self.data), "epochs": self.epoch,
-                  "training_seconds": round(self.seconds, 1), "command": " ".join(sys.argv),
+                  "training_seconds": round(self.seconds, 1), "command": shlex.join(sys.argv),
                   "settings": self.settings, "decoding": self.data.decoding,
                   "mean": statistics[0].flatten().tolist(), "std": statistics[1].flatten().tolist(),
                   "size": self.data.train.images.shape[-1],

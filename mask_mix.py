@@ -444,7 +444,8 @@ def read_backbone(folder, trained=True):
         return net, (result["mean"], result["std"])
     except (OSError, Damaged, ValueError, LookupError, TypeError, AttributeError,
             RuntimeError) as error:
-        raise UserError(f"{folder} is not a finished run: {one_line(error)}") from None
+        raise UserError(f"{folder} is not a finished run of our ResNet-18: {one_line(error)}"
+                        ) from None
 
 
 def make_detector(backbone, statistics):
@@ -508,6 +509,10 @@ def detect(args):
     torch.manual_seed(args.seed)
     nets = {run: read_backbone(run) for run in (args.detect, args.against) if run}
     nets["random network"] = read_backbone(args.detect, trained=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {one_line(error)}") from None
     images, truth = draw_scenes(max(SCHEDULES), SIDE, args.seed + 1)
     test_images, test_truth = draw_scenes(TEST_SCENES, SIDE, 0)        # whatever the --seed
     print(f"{f'detection in {TEST_SCENES:,} test scenes':40}{'scenes':>8}{'AP50':>8}{'AP':>8}")
@@ -524,7 +529,6 @@ def detect(args):
             print(f"{name[-40:]:40}{n:8,}{ap[0]:8.3f}{sum(ap) / len(ap):8.3f}", flush=True)
         if name == args.detect:
             picture = detection_picture(test_images[:8], found, test_truth)
-    folder.mkdir(parents=True, exist_ok=True)
     save_picture(folder / "detection.png", picture)
     write_text(folder / "detection.json", json.dumps(table, indent=1) + "\n")
     print(f"{folder} holds detection.json and detection.png")

@@ -58,9 +58,9 @@ Differences from the paper and its released code ("there")
     python scan.py --assign RUN --dataset NEW --out OUT       # new images into the clusters of RUN
     Mean test ACC of the first, seeds 3 to 5: k-means after step 1 .916, step 2 .999, step 3 1.000.
 """
-import argparse
 import contextlib
 import copy
+import difflib
 import hashlib
 import json
 import math
@@ -75,11 +75,11 @@ import torchvision.transforms.v2.functional as tv
 from torch import nn
 from torchvision.transforms.v2 import Resize
 
-from common import (NAMES, Damaged, Meter, Parser, Run, UserError, adjust_brightness,
+from common import (IN_MEMORY, NAMES, Damaged, Meter, Parser, Run, UserError, adjust_brightness,
                     adjust_contrast, adjust_saturation, autocast, baselines, batches, beside,
                     cluster_scores, clustering, color_jitter, cosine_lr, describe, embed,
                     embed_both, evaluate, fast_dtype, fetch, generator, grid, load_checked,
-                    normalise, number, one_line, pick_device, pixel_statistics, prepare,
+                    look_ahead, normalise, number, one_line, pick_device, pixel_statistics, prepare,
                     print_scores, random_grayscale, random_resized_crop, read_data, resnet18,
                     run_script, save_atomically, save_clusters, save_picture, save_sheets,
                     save_views, score, set_lr, to_device, write_text)
@@ -111,10 +111,11 @@ def scan_loss(anchor_logits, neighbour_logits, entropy_weight):
     """Eq. (2): L = -1/B sum_i log <p_i, q_i> + lambda sum_c p'_c log p'_c,   p' = 1/B sum_i p_i
 
     anchor_logits, neighbour_logits: (B, K), the logits of p and of q; row i of the second belongs
-    to a neighbour of image i. -> (total, consistency >= 0, 0 <= entropy <= ln K), where
-    total = consistency - lambda entropy. Lower is better, and mostly negative: with
-    lambda 5, -4 ln K where every p is uniform, -5 ln K at best, where neighbours agree surely and
-    all clusters are equally large. Finite for any finite logits."""
+    to one neighbour of image i, drawn in each epoch, as released: the paper prints a sum over all.
+    -> (total, consistency >= 0, 0 <= entropy <= ln K), total = consistency - lambda entropy. Lower
+    is better, and mostly negative: with lambda 5, -4 ln K where every p is uniform, -5 ln K at
+    best, where neighbours agree surely and all clusters are equally large. Finite for logits of up
+    to 1e37."""
     log_p, log_q = F.log_softmax(anchor_logits, 1), F.log_softmax(neighbour_logits, 1)
     consistency = -(log_p + log_q).logsumexp(1).mean()
     log_mean = log_p.logsumexp(0) - math.log(len(log_p))                        # log p', K
@@ -185,7 +186,8 @@ MODELS = torchvision.models.list_models(module=torchvision.models)
 def frozen_backbone(name, size):
     """A classification model of torchvision without its last layer; it resizes images first.
     -> the model, the name of that layer, the shape of its weights"""
-    model = torchvision.models.get_model(name, weights=None)
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}     # no warning
+    model = torchvision.models.get_model(name, weights=None, **more)
     last, layer = list(model.named_modules())[-1]
     if not isinstance(layer, nn.Linear):
         raise UserError(f"--pretext {name}: this model does not end in a linear layer")
@@ -397,7 +399,6 @@ DEFAULTS = {
     "folder": dict(epochs=200, batch_size=None, optimizer="adam", lr=1e-3, width=32, stem_stride=2,
                    self_label_epochs=50, self_label_batch=250),
 }
-IN_MEMORY = {"shapes", "cifar10", "cifar100", "cifar20", "fashion-mnist", "stl10"}  # others: files
 # Heads on a frozen backbone (D9), for any data set: ours, see section 7. No step 1, no batch of it.
 FROZEN = dict.fromkeys((*NAMES, "folder"), dict(
     batch_size=None, heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
@@ -438,15 +439,13 @@ def parse(argv=None):
     add("--self-label-epochs", type=number(int, 0), default=200, help="epochs of step 3; 0: none")
     add("--self-label-batch", type=number(int, 2), default=1000, help="B of step 3; at most all")
     add("--self-label-lr", type=number(float, 0, above=True), default=1e-4, help="of step 3")
-    # --pretext decides which defaults hold, so it is read before all other flags.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--pretext", nargs="?")
-    frozen = early.parse_known_args(argv)[0].pretext in MODELS
+    frozen = look_ahead(argv, "--pretext") in MODELS               # decides which defaults hold
     args = parser.parse(argv, FROZEN if frozen else DEFAULTS)
     if args.weights and not frozen:
         parser.error("--weights needs --pretext with the name of a model of torchvision")
-    if args.assign and args.resume:
-        parser.error("--assign and --resume exclude each other")
+    for flag in ("resume", "clusters", "image_size"):
+        if args.assign and getattr(args, flag):
+            parser.error(f"--assign and --{flag.replace('_', '-')} exclude each other")
     return args
 
 
@@ -692,6 +691,11 @@ def report(args, run, untrained, index, clusters, statistics, net, size, found, 
 
 
 def train(args):
+    file = args.weights if args.pretext in MODELS else args.pretext
+    if file and not args.resume and not Path(file).is_file():
+        near = [] if args.weights else difflib.get_close_matches(file.lower(), MODELS, 1)
+        raise UserError(f"--{'weights' if args.weights else 'pretext'} {one_line(file)}: there is "
+                        f"no such file" + "".join(f"; did you mean the model {m}?" for m in near))
     if args.pretext in MODELS:
         return train_heads(args)
     # 1. The data, checked before anything is written. index: the training images to learn from.
@@ -699,9 +703,9 @@ def train(args):
     n, size = len(data.train.images), data.train.images.shape[-1]
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
     # later: those of steps 2 and 3. On STL-10 the 5,000 of its train split; step 1 takes all.
-    later = index[data.train.labels[index] >= 0] if data.name == "stl10" else index
+    later = index[data.train.labels[index] >= 0] if args.dataset == "stl10" else index
     labels = data.train.labels[later] if data.classes else None
-    choose_neighbours(args, len(later), clusters, 200 if data.name == "shapes" else 20)
+    choose_neighbours(args, len(later), clusters, 200 if args.dataset == "shapes" else 20)
     epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
     run = Run(args, "scan", data, epochs)
     torch.manual_seed(args.seed)

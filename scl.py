@@ -120,9 +120,9 @@ def semantic_contrastive_loss(e, votes, twin, clusters):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With one cluster it is 0. With a cluster for each image this is instance discrimination:
-    ln(A - 1) when all views of the batch are equally similar. Where e_i,t_i is below the smallest
-    float32, 1e-38, it is set to that and has no gradient; only a tau below .03 leads so far, as
-    cosines differ by 2 at most."""
+    ln(A - 1) when all views of the batch are equally similar. Right for a tau of .03 or more, since
+    cosines differ by 2 at most: with less, e_i,t_i can be below the smallest float32, 1e-38. Then
+    it is set to that, and has no gradient."""
     mine, smallest = clusters[twin][:, None], torch.finfo(e.dtype).tiny
     pulled = e.gather(1, twin[:, None]).squeeze(1)                              # A
     pushed = votes.scatter(1, mine, 0).sum(1)                                   # A
@@ -250,8 +250,8 @@ def parse(argv=None):
     add("--alpha", type=number(float, 0), default=1., help="a, of L_con; 0: pv alone, no L_bal")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
     add("--frozen", action="store_true", help="keep the first clusters: no consensus")
-    add("--tau", type=number(float, 0, above=True), default=.2, help="tau in the batch")
-    add("--memory-tau", type=number(float, 0, above=True), default=.1, help="tau in the memory")
+    add("--tau", type=number(float, .03), default=.2, help="tau in the batch")
+    add("--memory-tau", type=number(float, .03), default=.1, help="tau in the memory")
     add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
     return parser.parse(argv, DEFAULTS)
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -202,6 +203,20 @@ def test_help_is_printed_for_every_flag(script, capsys):
 
 
 @ALL
+@pytest.mark.parametrize("dataset", [[], ["--dataset", "cifar10"], ["--dataset=pets"]])
+def test_help_shows_the_defaults_that_the_command_would_have(script, dataset, capsys):
+    parse = importlib.import_module(script).parse
+    args = parse(dataset)
+    with pytest.raises(SystemExit):
+        parse([*dataset, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for flag in ("epochs", "width", "crop"):
+        about = re.search(f" --{flag} [A-Z_]+ (.*?)(?= --|$)", out[out.index("optional" if
+                          "optional" in out else "options"):]).group(1)
+        assert about.rstrip().endswith(f"(default: {getattr(args, flag)})"), about
+
+
+@ALL
 def test_defaults_of_a_dataset_give_way_to_flags(script):
     parse = importlib.import_module(script).parse
     default, mine = parse([]), parse(["--epochs", "7"])
@@ -283,6 +298,10 @@ def complete(tmp_path_factory):
     return of
 
 
+# --resume helps where there is a checkpoint, or nothing that is made after the first one.
+GOES_ON = {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "neighbours.png"}
+
+
 @pytest.mark.parametrize("script, labelled", [*((script, True) for script in SCRIPTS),
                                               ("identitize", False)])
 def test_a_folder_with_any_file_that_a_run_writes_is_refused(script, labelled, complete, refused,
@@ -295,7 +314,8 @@ def test_a_folder_with_any_file_that_a_run_writes_is_refused(script, labelled, c
         (tmp_path / name / name).write_text("mine")
         err = refused(script, *SMALL[script], f"--dataset={args.dataset}", "--clusters=2",
                       f"--out={tmp_path / name}")
-        assert name in err and "--resume" in err and "--out" in err
+        assert name in err and "--out" in err
+        assert ("--resume" in err) == (name in GOES_ON)
         assert [path.read_text() for path in (tmp_path / name).iterdir()] == ["mine"]
 
 
@@ -380,6 +400,53 @@ def test_a_result_json_of_another_tool_is_passed_over_or_refused(content, refuse
     assert "other" in refused("mask_mix", "--detect", tmp_path / "other")
 
 
+@pytest.mark.parametrize("name, near", [("resnet5O", "resnet50"), ("ResNet50", "resnet50"),
+                                        ("mobilenetv2", "mobilenet_v2"), ("runs/old/b.pt", "")])
+def test_a_pretext_that_is_neither_file_nor_model_is_told_before_the_images_are_read(
+        name, near, refused, tmp_path, capsys):
+    err = refused("scan", "--dataset", pictures(tmp_path / "pets"), "--pretext", name)
+    assert name in err and near in err and ("did you mean" in err) == bool(near)
+    err = refused("scan", "--dataset", tmp_path / "pets", "--pretext", "resnet50", "--weights",
+                  tmp_path)
+    assert "--weights" in err and "no such file" in err
+
+
+@pytest.mark.parametrize("name", ["stl10", "shapes", "cifar10"])
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_folder_may_be_called_as_a_built_in_set(name, classes, tmp_path):
+    root = pictures(tmp_path / name, classes=classes)
+    run("scan", root, tmp_path / "run", "--clusters=2")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["dataset"] == name
+
+
+@pytest.mark.parametrize("flag", [["--clusters", "3"], ["--image-size", "32"], ["--resume"]])
+def test_assign_takes_nothing_that_the_run_decides(flag, refused, tmp_path):
+    assert flag[0] in refused("scan", "--assign", tmp_path, "--dataset", tmp_path, *flag)
+
+
+def test_a_second_or_an_interrupted_assign_is_not_sent_to_resume(complete, refused, tmp_path,
+                                                                  monkeypatch, capsys):
+    args = complete("scan")[1]
+    flags = ["--assign", args.out, "--dataset", args.dataset, "--out", str(tmp_path / "a")]
+    importlib.import_module("scan").main(flags)
+    err = refused("scan", *flags)
+    assert "--out" in err and "--resume" not in err
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("scan.save_clusters", interrupt)
+    with pytest.raises(SystemExit, match="^130$"):
+        importlib.import_module("scan").main([*flags[:-1], str(tmp_path / "b")])
+    assert "--resume" not in capsys.readouterr().err
+
+
+def test_detect_is_refused_before_it_trains_where_it_cannot_write(complete, refused, tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "--out" in refused("mask_mix", "--detect", complete("mask_mix")[1].out,
+                                  "--out", place)
+
+
 ASSIGNED = [b"", b"text", [1], {}, {"about": 3, "decoding": {}, "statistics": [], "net": {}},
             {"about": {"model": None, "size": 16}, "decoding": 3, "statistics": 4, "net": 5},
             {"about": {}, "decoding": {}, "statistics": [CONV * float("nan")] * 2, "net": {}}]
@@ -460,6 +527,10 @@ def test_names_that_stdout_cannot_encode_cost_nothing_and_stay_on_their_lines(
     assert len(list(csv.reader(io.StringIO(table, newline="")))) == 1 + 2 * len(ODD)
 
 
+# Where python holds lines back, as it does by default in a pipe, the last ones fail at the end.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 @pytest.mark.parametrize("flags, shell, code", [
     ([], "{} | head -0", 0), ([], "{} >&-", 0), ([], "{} >&- 2>&-", 0), (["-OO"], "{}", 0),
     (["-OO"], "{} --help", 0), ([], "{} --no-such-flag >&- 2>&-", 2), ([], "{} > /dev/full", 1)])
@@ -468,21 +539,46 @@ def test_a_shell_may_close_stdout_and_python_may_leave_out_docstrings(flags, she
     command = [sys.executable, *flags, str(ROOT / "identitize.py"), *SMALL["identitize"],
                "--dataset", str(pictures(tmp_path / "pets"))]
     done = subprocess.run(["bash", "-c", shell.format(" ".join(command))], capture_output=True,
-                          text=True)
+                          text=True, env=BUFFERED)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 1
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_makes_no_traceback(tmp_path):
-    # identitize.py | head -0: every print fails from the start on.
+@pytest.mark.parametrize("flags", [["-u"], []])
+def test_a_reader_that_goes_away_makes_no_traceback(flags, tmp_path):
+    # identitize.py | head -0: every print fails from the start on; without -u all at the end.
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-u", ROOT / "identitize.py", *SMALL["identitize"], "--dataset",
+    command = [sys.executable, *flags, ROOT / "identitize.py", *SMALL["identitize"], "--dataset",
                pictures(tmp_path / "pets")]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     os.close(writing)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])
+def test_a_finished_run_that_cannot_say_so_ends_quietly(target, complete):
+    args = complete("identitize")[1]
+    command = [sys.executable, ROOT / "identitize.py", *SMALL["identitize"], "--dataset",
+               args.dataset, "--out", args.out, "--clusters", "2", "--resume", "--device", "cpu"]
+    reading, closed = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, os.fdopen(closed, "w") as pipe:
+        done = subprocess.run(command, stdout=full if target == "/dev/full" else pipe, text=True,
+                              stderr=subprocess.PIPE, env=BUFFERED)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) <= 1
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_not_there_is_one_line_with_the_way_out(tmp_path):
+    command = [sys.executable, ROOT / "identitize.py", *SMALL["identitize"], "--dataset",
+               pictures(tmp_path / "pets"), "--compile", "--device", "cpu"]
+    nowhere = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | nowhere)
+    assert done.returncode == 1 and "leave out --compile" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------

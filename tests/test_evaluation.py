@@ -384,6 +384,20 @@ def test_evaluate_scores_separated_blobs_perfectly_on_the_test_split():
     assert 0 <= found.test_confidence.min() and found.test_confidence.max() <= 1
 
 
+def test_every_image_goes_to_the_centroid_that_kmeans_itself_would_take():
+    # Many directions around few centres: the centroids differ in length, so the most similar one,
+    # by the cosine, is often not the nearest one.
+    x = torch.rand(400, 6, generator=rng()) ** 4
+    y, t = torch.arange(400) % 4, torch.rand(200, 6, generator=rng(1)) ** 4
+    assignment, centre = kmeans(x, 5, 0)
+    unit = F.normalize(t, dim=1)
+    by_cosine = (unit @ F.normalize(centre, dim=1).t()).argmax(1)
+    nearest = torch.cdist(unit, centre).argmin(1)
+    assert (by_cosine != nearest).any()
+    _, found = common.evaluate(x, t, data_of(x, y, t, torch.arange(200) % 4), 5, 0, probe=False)
+    assert torch.equal(found.train, assignment) and torch.equal(found.test, nearest)
+
+
 def test_clusters_never_depend_on_labels():
     x, y, t, z = halves(3.)
     shuffled = y[torch.randperm(len(y), generator=rng())]

@@ -1,6 +1,7 @@
 """Folders of the user's own images: read as a person would read them, and nothing in silence."""
 import builtins
 import errno
+import functools
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
 import identitize
@@ -122,6 +123,11 @@ LAYOUTS = """
   train/* test/* val=2                                      | *        | *     | left out&val&2
   train/* test/* Valid/dog=2                                | *        | *     | left out&Valid&2
   train/* test/cat=-2 test/dog=-1 val/*                     | *        | *     | left out&test/
+  train/* test/Cat=2 test/emu=1 val/*                       | *        | *     | left out&Cat, emu
+  train/* test/Cat=2 test/emu=1                             | *        |       | left out&Cat, emu
+  test/train=2 test/car=3 test/bus=1                        | bus=1 car=3 train=2
+  photos/val/training=2 photos/val/match=3                  | match=3 training=2
+  train/Ka\u0308fer=2 train/dog=3 test/K\u00e4fer=1         | K\u00e4fer=2 dog=3 | K\u00e4fer=1
 
   2019/06=2 2019/07=1 2020=3 =1 @eaDir=2 --unlabelled       | 7        |       | no labels
   train/* test/* new=1 --unlabelled                         | 11
@@ -147,6 +153,7 @@ LAYOUTS = """
   @eaDir=2 .x=1 ._0.png                                     | refused  |       | no images
   cat=-2 dog=-1                                             | refused  |       | none of
   test/* val/*                                              | refused  |       | train
+  =5 test=2                                                 | refused  |       | --unlabelled
   train/* Training/*                                        | refused  |       | Training&train
 """
 
@@ -178,10 +185,12 @@ def test_a_folder_is_read_as_a_person_would_read_it(line, tmp_path, capsys):
             assert said in out
 
 
-@pytest.mark.parametrize("name", ["@photos", ".cache", "__MACOSX", "train", "写真 é"])
+@pytest.mark.parametrize("name", ["@photos", ".cache", "__MACOSX", "train", "写真 é",
+                                  "a" * 250, "写" * 80])
 def test_the_given_folder_itself_may_have_any_name(name, tmp_path):
     data = load(make(tmp_path / ".hidden" / name, tree("*")), tmp_path)
     assert data.classes == ["cat", "dog"] and not set(data.name) & set("/ ")
+    assert list((tmp_path / "kept" / "cache").iterdir())           # its own name is not too long
 
 
 @pytest.mark.parametrize("text, classes", [
@@ -198,6 +207,28 @@ def test_the_classes_named_in_a_file_are_kept_and_no_other(text, classes, tmp_pa
     else:
         with pytest.raises(UserError, match="yak" if "yak" in text else "list.txt"):
             load(root, tmp_path, classes=str(listed))
+
+
+@pytest.mark.parametrize("text", ["cat dog", "animals rose", "plants tulip cat"])
+def test_named_folders_that_turn_out_to_be_no_classes_are_refused(text, tmp_path):
+    root = make(tmp_path / "pets", tree("animals/* plants/rose=2 plants/tulip=2"))
+    (tmp_path / "list.txt").write_text(text.replace(" ", "\n") + "\nrose")
+    with pytest.raises(UserError, match="list.txt.*the classes are animals, plants"):
+        load(root, tmp_path, classes=str(tmp_path / "list.txt"))
+
+
+def test_the_accents_of_a_list_of_classes_may_be_spelled_in_the_other_way(tmp_path):
+    root = make(tmp_path / "pets", tree("a=1 Ka\u0308fer=2 M\u00f6we=3"))
+    (tmp_path / "list.txt").write_text("K\u00e4fer\nMo\u0308we")
+    data = load(root, tmp_path, classes=str(tmp_path / "list.txt"))
+    assert count(data.train, data.classes) == {"K\u00e4fer": 2, "M\u00f6we": 3}
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "stl10"])
+@pytest.mark.parametrize("flag", ["classes", "unlabelled", "labelled"])
+def test_a_set_in_memory_refuses_what_only_folders_have(name, flag, tmp_path):
+    with pytest.raises(UserError, match=f"--{flag}.*{name}"):
+        load_dataset(name, tmp_path, **{flag: "list.txt"})
 
 
 def test_names_are_sorted_paths_that_keep_their_image_and_label(tmp_path):
@@ -310,20 +341,39 @@ def frames(path):
     red(save_all=True, append_images=[Image.new("RGB", (40, 40), BLUE)])(path)
 
 
-def turned(path):
-    """Left half red, right half blue; to be viewed after a quarter turn clockwise: red on top."""
+def turned(path, broken=False):
+    """Left half red, right half blue; to be viewed after a quarter turn clockwise: red on top.
+    broken: with a width of -1, of a type that Pillow cannot write."""
     image = Image.new("RGB", (64, 64), BLUE)
     image.paste(RED, (0, 0, 32, 64))
-    exif = image.getexif()
-    exif[0x0112] = 6
+    width = struct.pack("<HHIi", 0x100, 9, 1, -1) if broken else b""
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + broken) + width + struct.pack(
+        "<HHIII", 0x112, 3, 1, 6, 0)
     image.save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_deep_image_is_turned_as_its_orientation_says(orientation, ending, tmp_path):
+    pixels = ramp(0, 65535, "uint16")
+    pixels[:20, :20] = 65535                                       # no symmetry
+    root = make(tmp_path / "deep", {f"b.{ending}": pixels})
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(root / f"a.{ending}", exif=exif)
+    seen, plain = load(root, tmp_path, image_size=64).train.images
+    plain = Image.fromarray(plain[0].numpy())
+    plain.getexif()[0x0112] = orientation
+    assert np.array_equal(seen[0].numpy(), np.asarray(ImageOps.exif_transpose(plain)))
 
 
 @pytest.mark.parametrize("name, write, colour", [
     ("a.png", red("P"), RED), ("a.PNG", red(), RED), ("a.webp", red(lossless=True), RED),
     ("a.Jpeg", red("CMYK", quality=100), RED), ("a.gif", frames, RED), ("a.png", red("RGBA"), RED),
     ("a.png", red("L"), (76,) * 3), ("a.png", red("LA"), (76,) * 3), ("a.jpg", turned, RED),
-    ("a.tiff", red("YCbCr"), RED), ("a.png", red(size=(1, 900)), RED)])
+    ("a.tiff", red("YCbCr"), RED), ("a.png", red(size=(1, 900)), RED),
+    ("a.jpg", functools.partial(turned, broken=True), RED)])
 def test_unusual_images_show_what_a_person_sees(name, write, colour, tmp_path):
     for folder in ("x", "y"):
         (tmp_path / "odd" / folder).mkdir(parents=True)
@@ -375,6 +425,17 @@ def test_the_hidden_colour_of_a_transparent_image_of_16_bits_stays_hidden(tmp_pa
     images = load(tmp_path / "deep", tmp_path, image_size=64).train.images
     red, _, blue = images[0, :, 32, 32].tolist()
     assert red == blue and near(images[0, :, :8], BLUE)
+
+
+@pytest.mark.parametrize("channels, kind", [(2, 4), (4, 6)])
+def test_an_opaque_image_of_16_bits_keeps_its_levels_whatever_its_alpha(channels, kind, tmp_path):
+    pixels = np.full((64, 64, channels), 65535, ">u2")
+    pixels[..., :-1] = ramp(0, 4095, "uint16")[..., None]          # a camera of 12 bits
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    make(tmp_path / "deep", {"a.png": png(64, 64, 16, zlib.compress(rows), kind)})
+    make(tmp_path / "deep", {"b.png": ramp(0, 4095, "uint16")})
+    images = load(tmp_path / "deep", tmp_path, image_size=64).train.images
+    assert len(images[0].unique()) > 200 and torch.equal(images[0], images[1])
 
 
 def test_a_picture_with_too_many_pixels_is_one_line_at_every_start(tmp_path, monkeypatch, capsys,
@@ -541,7 +602,7 @@ def test_out_and_data_dir_below_the_data_set_are_no_data(out, data_dir, place, u
     monkeypatch.chdir(make(tmp_path, {**tree("pets/* link>pets"), **own}))
     data = load_dataset("pets", data_dir, out=out, unlabelled=unlabelled)
     assert count(data.train, data.classes) == (5 if unlabelled else tree("*"))
-    assert ("left out, --out or --data-dir: " in capsys.readouterr().out) == bool(own)
+    assert ("left out, --out or --data-dir " in capsys.readouterr().out) == bool(own)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -200,6 +200,12 @@ def test_without_labels_there_are_sheets_and_the_agreement_with_k_means(
     assert "--threshold" not in text               # that of step 3, which heads alone do not have
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_models_that_torchvision_warns_of_are_built_without_a_warning(name, recwarn):
+    scan.frozen_backbone(name, 96)
+    assert not recwarn.list
+
+
 @pytest.mark.slow
 def test_assign_repeats_the_clusters_of_a_run_for_the_same_images(photos, weights, tmp_path):
     heads(photos, weights, tmp_path / "a")

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import re
+import shlex
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -165,7 +167,7 @@ def test_an_optimizers_state_and_learning_rate_survive_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted({*Run.FILES} - {"checkpoint.pt", "checkpoint.previous.pt",
-                                                        "log.jsonl"}))
+                                                        "log.jsonl", "neighbours.png"}))
 def test_a_run_whose_checkpoints_were_deleted_is_not_resumed_from_the_beginning(tmp_path, name):
     # Checkpoints are large; who deletes them to save space still wants to keep the results.
     folder = finished(tmp_path / "run")
@@ -177,6 +179,18 @@ def test_a_run_whose_checkpoints_were_deleted_is_not_resumed_from_the_beginning(
         with pytest.raises(UserError, match="(?s)no checkpoint.*--out"):
             open_run(folder, resume=True, **other)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("names", [["log.jsonl"], ["neighbours.png"],
+                                   ["log.jsonl", "neighbours.png"]])
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, names):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(UserError, match="--resume"):
+        open_run(folder)
+    assert open_run(folder, resume=True).epoch == 0
 
 
 @pytest.mark.parametrize("lost", [[], ["checkpoint.pt"], ["checkpoint.previous.pt"], ["log.jsonl"]])
@@ -215,9 +229,17 @@ def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, r
 
 def test_a_lock_left_by_a_kill_locks_nothing(tmp_path):
     folder = finished(tmp_path / "run")
-    (folder / "lock").write_text("12345")
+    (folder / "lock").touch()
     assert resumed(folder) == (3, 3.)
     assert not (folder / "lock").exists()
+
+
+def test_a_file_of_the_user_that_is_called_lock_stays_as_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("the numbers of my bicycle lock")
+    folder = finished(tmp_path / "run")
+    assert resumed(folder) == (3, 3.)
+    assert (folder / "lock").read_text() == "the numbers of my bicycle lock"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -660,6 +682,13 @@ def test_result_json_tells_scores_protocol_settings_and_versions(tmp_path):
     assert result["settings"]["width"] == 4 and "4 test images" in result["protocol"]
     assert result["versions"]["torch"] == torch.__version__ and len(result["mean"]) == 3
     assert {"command", "device", "training_seconds", "dataset", "size"} <= set(result)
+
+
+def test_the_command_in_result_json_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["identitize.py", "--out", "a b\nü", "--dataset", "it's"])
+    end(tmp_path / "run", images_of())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert shlex.split(result["command"]) == sys.argv
 
 
 def test_backbone_pt_is_the_state_dict_of_the_backbone(tmp_path):

@@ -99,6 +99,20 @@ def test_other_members_of_the_own_cluster_are_neither_pulled_nor_pushed():
                 assert pull == 0
 
 
+def test_the_loss_is_exact_at_the_smallest_tau_that_the_flags_allow():
+    with pytest.raises(SystemExit):
+        scl.parse(["--tau", ".029"])
+    tau = scl.parse(["--tau", ".03"]).tau
+    # Two images, each with two opposite views: e_i,t_i is as far below e_ii as it can be.
+    z = torch.tensor([[1., 0], [0, 1], [-1, 0], [0, -1]], requires_grad=True)
+    clusters, twin = torch.tensor([0, 1, 0, 1]), torch.tensor([2, 3, 0, 1])
+    e = scl.exponentials(z, z, tau)
+    loss = scl.semantic_contrastive_loss(e, scl.cluster_votes(e, clusters, 2), twin, clusters)
+    assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(1 / tau)), rel=1e-5)
+    loss.backward()
+    assert (z.grad.norm(dim=1) > .4 / tau).all()                    # it still pulls
+
+
 # ------------------------------------------------------------------------------------------------
 # The two predictions
 
