@@ -135,11 +135,12 @@ def swapped_assignment_loss(n1, n2):
 
 
 @torch.no_grad()
-def sinkhorn(s, epsilon=.05, iterations=100):
-    """The rival's targets, as in SwAV: exp(s / epsilon), its columns and rows scaled in turn, so
-    that all clusters get the same share of the batch (the Sinkhorn algorithm). SwAV scales 3 times:
-    with the small epsilon of shapes that left shares from a third of B / K to three times as much.
-    s: (B, K) scores. -> (B, K); rows sum to 1, columns nearly to B / K."""
+def sinkhorn(s, epsilon=.05, iterations=3):
+    """The rival's targets, as in SwAV: exp(s / epsilon), its columns and rows scaled in turn, which
+    brings the shares of all clusters in the batch closer to each other (the Sinkhorn algorithm).
+    SwAV does so 3 times: with the small epsilon of shapes the shares of a trained network still are
+    a third to three times B / K. 100 times make them equal, to 4 %, and gave a weaker rival.
+    s: (B, K) scores. -> (B, K); rows sum to 1, columns more or less to B / K."""
     q = s.float() / epsilon
     for _ in range(iterations):
         q = q - q.logsumexp(0, keepdim=True)
