@@ -32,6 +32,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -121,23 +122,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, epochs):
         super().__init__(description=(doc or "").split("\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         epilog="Defaults are those of the --dataset that is given.")
         add = self.add_argument_group("what most people need").add_argument
         add("--dataset", default="shapes", help=f"{', '.join(NAMES)}, or a folder of images")
-        add("--clusters", type=number(int, 2), help="how many; else as many as classes")
+        add("--clusters", type=number(int, 2), help="how many to look for; else as many as classes")
         add("--epochs", type=number(int, 1), default=epochs, help="passes over the images")
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="continue the run in that folder")
         add = self.add_argument_group("where and on what").add_argument
-        add("--data-dir", default="data", help="for downloads and decoded images; has ImageNet")
-        add("--classes", metavar="FILE", help="names the class folders to keep")
-        add("--unlabelled", action="store_true", help="ignore the names of folders")
-        add("--labelled", action="store_true", help="no images that lie beside class folders")
+        add("--data-dir", default="data", help="for downloads and decoded images; or ImageNet")
+        add("--classes", metavar="FILE", help="the class folders to keep, a name a line")
+        add("--unlabelled", action="store_true", help="folders (e.g. years) are no classes")
+        add("--labelled", action="store_true", help="leave out images beside class folders")
         add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
         add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
-        add("--train-size", type=number(int, 2), help="learn from so many, balanced")
+        add("--train-size", type=number(int, 2), help="learn from so many, equally of each class")
         add("--width", type=number(int, 16, 512), default=64, help="channels of the first stage")
-        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: faster, up to 128 px")
+        add("--stem-stride", type=number(int, 1, 2), default=1, help="2: faster, for up to 128 px")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
         add("--compile", action="store_true", help="torch.compile: slow to start")
@@ -534,7 +536,7 @@ def find_files(root, skip):
     """All image files below root, each as a tuple of names below root, sorted. skip: folders that
     are not data. Links to folders come last, so that a folder found twice has its real name."""
     skip = {os.path.realpath(path) for path in skip}
-    files, others, seen, folders, links = [], 0, {*skip}, [((), root)], []
+    files, others, seen, folders, links = [], Counter(), {*skip}, [((), root)], []
     while folders or links:
         parts, place = (folders or links).pop()
         real = os.path.realpath(place)
@@ -562,9 +564,10 @@ def find_files(root, skip):
                     os.path.isfile(entry.path) or not os.path.exists(entry.path)):
                 files.append(inner)
             else:
-                others += 1
+                others[Path(entry.name).suffix.lower() or "none"] += 1
     if others:
-        print(f"  left out, not images by their ending: {others:,}")
+        endings = ", ".join(f"{n:,} {one_line(ending)}" for ending, n in others.most_common(6))
+        print(f"  left out, not images by their ending: {others.total():,} ({endings})")
     return sorted(files)
 
 
@@ -672,8 +675,8 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     classes      a file that names the class folders to keep, at the start of its lines"""
     root, known = Path(os.path.realpath(root)), ()
     if name and not (root / "train").is_dir():
-        raise UserError(f"{name}: there is no {root / 'train'}; give the ImageNet folder as "
-                        f"--data-dir, or unpack tiny-imagenet-200.zip in it, {NEEDS_NOTHING}")
+        raise UserError(f"{name}: there is no {root / 'train'}: put the data set there, or say"
+                        f" where it is with --data-dir, {NEEDS_NOTHING}")
     if out and os.path.realpath(out) == str(root):
         raise UserError(f"--out {one_line(out)} is the folder of the images: choose another one")
     print(f"reading {one_line(root)}")
@@ -1631,7 +1634,7 @@ def surest(clusters, confidence, c):
 def save_clusters(folder, data, found, clusters):
     """clusters.csv: the cluster of every image. prototypes.png: the ten most confident test images
     of each cluster, a row each, up to 40 clusters. With labels confusion.png, each class's share in
-    each cluster, without labels sheets/."""
+    each cluster. For a folder of images sheets/ and summary.txt."""
     table = io.StringIO(newline="")
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["image", "cluster", "confidence"])
@@ -1646,9 +1649,9 @@ def save_clusters(folder, data, found, clusters):
         best = surest(found.test, found.test_confidence, c)[:10]
         row[:len(best)] = data.test.images[best]
     save_picture(folder / "prototypes.png", grid(sheet.flatten(0, 1), 10))
-    if not data.classes:
+    if data.decoding:
         save_sheets(folder, data, found, clusters)
-    elif data.test.labels is not None and clusters <= 200:
+    if data.classes and clusters <= 200:
         table = contingency(data.test.labels, found.test, len(data.classes), clusters)
         order = np.lexsort((-table.max(0), table.argmax(0)))       # clusters beside their class
         share = table[:, order] / table.sum(1, keepdims=True).clip(1)
@@ -1658,8 +1661,8 @@ def save_clusters(folder, data, found, clusters):
 
 
 def save_sheets(folder, data, found, clusters):
-    """For images without labels: sheets/cluster-*.png, the hundred most confident training images
-    of each cluster, and summary.txt, how balanced and how confident the clusters are."""
+    """sheets/cluster-*.png, the hundred most confident training images of each cluster, or all that
+    it has, and summary.txt, how balanced and how confident the clusters are."""
     sure, lines = found.train_confidence, ["cluster  images   share  mean confidence"]
     size = torch.bincount(found.train, minlength=clusters)
     share = size / size.sum()
@@ -1673,7 +1676,7 @@ def save_sheets(folder, data, found, clusters):
             save_picture(folder / "sheets" / f"cluster-{c:03}.png", picture)
     lines += ["", f"Balance: of {len(sure):,} images the largest cluster holds {share.max():.0%}, "
               f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty.",
-              "If your groups are of unequal size, take more --clusters and merge by eye.",
+              "Are groups mixed? Train again with more --clusters, and join sheets by eye.",
               "Confidence says how decided a cluster is, not how right.",
               f"Look at {folder / 'sheets'}, then at {folder / 'clusters.csv'}."]
     write_text(folder / "summary.txt", "\n".join(lines) + "\n")

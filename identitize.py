@@ -216,7 +216,8 @@ def parse(argv=None):
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
     add("--lr", type=number(float, 0, above=True), default=2e-3, help="peak learning rate, of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-6, help="L2 weight decay")
-    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest area of a view")
+    add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
+        "area of an image that a view shows")
     add("--jitter", type=number(float, 0, 1), default=.5, help="j: colour jitter .8j .8j .8j .2j")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method

@@ -81,8 +81,8 @@ from common import (IN_MEMORY, NAMES, Damaged, Meter, Parser, Run, UserError, ad
                     embed_both, evaluate, fast_dtype, fetch, generator, grid, load_checked,
                     look_ahead, normalise, number, one_line, pick_device, pixel_statistics, prepare,
                     print_scores, random_grayscale, random_resized_crop, read_data, resnet18,
-                    run_script, save_atomically, save_clusters, save_picture, save_sheets,
-                    save_views, score, set_lr, to_device, write_text)
+                    run_script, save_atomically, save_clusters, save_picture, save_views,
+                    score, set_lr, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The losses (Sec. 2.1, 2.2, 2.3), one for each step
@@ -257,6 +257,9 @@ def load_backbone(path, backbone, args, data):
     theirs = mine
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # no file, not ours
         made = json.loads(Path(path).with_name("result.json").read_text())
+        model = made["settings"].get("pretext")
+        if model in MODELS:
+            raise UserError(f"{one_line(path)} is {model} as it came: give --pretext {model}")
         theirs = {key: {**made["settings"], "dataset": made["dataset"]}[key] for key in mine}
     for key, value in mine.items():
         if theirs[key] != value:
@@ -420,8 +423,8 @@ def parse(argv=None):
     add("--nt-xent", choices=("one-sided", "symmetric"), default="one-sided", help="anchors: view "
         "1 alone, as released, or both views")
     add("--pretext", metavar="FILE or MODEL", help="instead of step 1: the backbone.pt of any "
-        "script's run, or a model of torchvision, e.g. resnet50, which stays frozen (D9)")
-    add("--weights", metavar="FILE", help="of that model, by whomever; else torchvision's own")
+        "script's run on these images, or a model of torchvision, which stays frozen (D9)")
+    add("--weights", metavar="FILE", help="a file of weights for that model; else torchvision's")
     add("--assign", metavar="RUN", help="train nothing: give the images of --dataset the clusters "
         "of a finished run of scan.py")
     add("--neighbours", type=number(int, 0), help="how many are mined for an image; 0: only itself")
@@ -885,8 +888,6 @@ def assign(args):
     found = clustering(*(x[:, 0].softmax(1) for x in outputs_of(data, options["network"])))
     with Run(args, "assign", data) as run:
         save_clusters(run.folder, data, found, clusters)
-        if data.classes:                   # where there are classes save_clusters makes no sheets
-            save_sheets(run.folder, data, found, clusters)
         result = {"method": "assign", "model": str(file), "map": names}
         print(*(f"cluster {c} is mostly {name}" for c, name in enumerate(names) if name), sep="\n")
         if set(names) & set(data.classes or []):

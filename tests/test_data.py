@@ -294,3 +294,37 @@ def test_more_images_than_there_are_cannot_be_asked_for():
         subset(LABELS, 100, 101, seed=0)
     with pytest.raises(UserError, match="only 5"):                 # 50 of each: class 1 has 5
         subset(torch.tensor([0] * 95 + [1] * 5), 100, 99, seed=0)
+
+
+def test_pixel_statistics_see_the_whole_set():
+    images = torch.zeros(20_002, 3, 1, 1, dtype=torch.uint8)       # more than 10,000, in order
+    images[10_001:] = 255
+    mean, std = common.pixel_statistics(images)
+    assert torch.allclose(mean, torch.tensor(.5), atol=.01)
+    assert torch.allclose(std, torch.tensor(.5), atol=.01)
+
+
+def test_stl10_is_learned_from_all_images_and_tested_on_its_test_images(monkeypatch, tmp_path):
+    asked = []
+
+    class STL10:
+        classes = list("abcdefghij")
+
+        def __init__(self, root, split, download):
+            asked.append(split)
+            self.data = np.full((4, 3, 96, 96), len(asked), np.uint8)
+            self.labels = np.array([0, 1, 2, -1])
+    monkeypatch.setattr(common.torchvision.datasets, "STL10", STL10)
+    data = common.load_dataset("stl10", tmp_path)
+    assert asked == ["train+unlabeled", "test"] and data.train.labels.tolist() == [0, 1, 2, -1]
+    assert (data.train.images == 1).all() and (data.test.images == 2).all()
+
+
+def test_a_batch_of_all_images_and_a_cluster_for_each_are_no_error(monkeypatch):
+    images, y = torch.zeros(20, 3, 9, 9, dtype=torch.uint8), torch.arange(20) % 2
+    split = common.Split(images, y, ["x"] * 20)
+    data = common.Dataset("x", split, split, ["a", "b"], "0")
+    monkeypatch.setattr(common, "load_dataset", lambda *a, **b: data)
+    args = common.Parser("", 1).parse(["--device=cpu", "--clusters=20"], {})
+    args.batch_size = 20
+    assert common.prepare(args, {})[3] == 20

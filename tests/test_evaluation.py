@@ -192,15 +192,6 @@ def test_leave_one_out_lets_no_image_vote_for_itself():
     assert without < knn_accuracy(bank, y, bank, y, 1)[0] == 1
 
 
-def test_leave_one_out_holds_beyond_the_first_chunk_of_queries():
-    bank, y = blobs(4, 600, 6.)                                    # more than 2048
-    x = F.normalize(bank, dim=1).double()
-    nearest = (x @ x.t()).fill_diagonal_(-2).argmax(1)
-    expected = (y[nearest] == y).float().mean().item()
-    score = knn_accuracy(bank, y, bank, y, 1, leave_one_out=True)[0]
-    assert score == pytest.approx(expected, abs=2e-3)
-
-
 def test_k_is_lowered_to_the_mean_class_size_of_a_small_bank_and_told():
     # 4 images of class 0 and 2 of class 1, k = 200 -> 6 / 2 = 3. With all six voting (tau large)
     # class 0 would always win; the three nearest to this query hold both images of class 1.
@@ -502,3 +493,121 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_written(flags, 
     else:
         device, same, index, clusters = common.prepare(args, {})
         assert (device, same, len(index), clusters) == (CPU, data, 120, 4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_embed_gives_the_network_back_in_its_own_mode(training):
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)).train(training)
+    statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    common.embed(net, images(32, 8), statistics, CPU)
+    assert net.training == net[1].training == training
+
+
+def test_kmeans_draws_its_starts_by_the_squared_distance(monkeypatch):
+    seen, search = [], torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda c, u: seen.append(c) or search(c, u))
+    x = F.normalize(torch.randn(30, 4, generator=rng()), dim=1)
+    common.kmeans(x, 2, seed=0, restarts=1)
+    weights = seen[0].diff(prepend=torch.zeros(1).double())
+    squared = torch.cdist(x.double(), x.double()).square()
+    assert (weights - squared).abs().amax(1).min() < 1e-5
+
+
+def test_empty_clusters_take_points_that_are_far(monkeypatch):
+    # All starts at one point of the first ten: clusters 1 and 2 are empty. Three points lie apart.
+    x = torch.eye(3)[[0] * 10 + [1] * 3] + .01 * torch.rand(13, 3, generator=rng())
+    start = torch.rand(1, 3, generator=common.generator(0, 0, "kmeans"))[0, 0] * 13
+    x = x.roll(int(start), 0)                                      # the first ten begin there
+    monkeypatch.setattr(torch, "searchsorted", lambda *a: torch.tensor([int(start)]))
+    found = common.kmeans(x, 3, seed=0, restarts=1, iterations=2)[0]
+    found = found.roll(-int(start))
+    assert (found[:10] == found[0]).all() and found[0] not in found[10:]
+
+
+def test_by_default_200_neighbours_vote_by_the_exponential_of_the_cosine_over_a_tenth():
+    # One image of class 0 at the query, 20 of class 1 at 1 - d: e^10 against 20 e^(10 - 10 d), so
+    # class 1 wins below d = ln(20) / 10 = .2996. Far images make the classes large.
+    for d, wins in ((.28, 1), (.32, 0)):
+        near = torch.tensor([[1., 0.]] + [[1 - d, math.sqrt(1 - (1 - d) ** 2)]] * 20)
+        bank = torch.cat([near, torch.tensor([[-1., 0.]]).expand(600, 2)])
+        y = torch.cat([torch.tensor([0] + [1] * 20), torch.arange(600) % 2])
+        query = torch.tensor([[1., 0.]])
+        assert common.knn_accuracy(bank, y, query, torch.tensor([wins])) == (1, 200)
+
+
+def test_leave_one_out_holds_in_every_chunk_of_queries():
+    # Chunks of 2^26 / N = 7989 rows. Near twins of the other class: who votes for itself is right.
+    x = torch.randn(4200, 8, generator=rng()).repeat(2, 1)
+    x[4200:] += .01 * torch.randn(4200, 8, generator=rng(1))
+    y = torch.tensor([0, 1]).repeat_interleave(4200)
+    assert common.knn_accuracy(x, y, x, y, 1, leave_one_out=True)[0] < .01
+
+
+def gauged(n, monkeypatch, epoch=0):
+    y = torch.arange(n) % 3
+    pixels = torch.randint(0, 255, (n, 3, 2, 2), generator=rng(), dtype=torch.uint8)
+    split = common.Split(pixels, y, [str(i) for i in range(n)])
+    data, asked = common.Dataset("x", split, split, ["r", "g", "b"], "0"), []
+    knn = common.knn_accuracy
+    monkeypatch.setattr(common, "knn_accuracy", lambda *a: asked.append(a) or knn(*a))
+    statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    common.knn_gauge(nn.Flatten(), data, torch.arange(n), statistics, CPU, epoch,
+                     SimpleNamespace(epochs=10, seed=0))
+    return asked[0]
+
+
+@pytest.mark.parametrize("n, bank, queries", [
+    (120, 100, 20), (6000, 5000, 1000), (7000, 5000, 1000)])
+def test_five_sixths_of_the_gauge_vote_for_one_sixth(n, bank, queries, monkeypatch):
+    assert [len(a) for a in gauged(n, monkeypatch)] == [bank, bank, queries, queries]
+
+
+def test_the_probe_chooses_its_decay_on_a_held_out_fifth_and_then_takes_all(monkeypatch):
+    calls = []
+
+    def fit(x, y, classes, decay, iterations=100):                 # only 1e-3 is any good
+        calls.append((len(x), decay))
+        w = torch.zeros(x.shape[1] + 1, classes)
+        w[0, 0 if decay == 1e-3 else 1] = 1
+        return w
+    monkeypatch.setattr(common, "logistic_regression", fit)
+    x, y = torch.randn(50, 4, generator=rng()), torch.zeros(50, dtype=torch.long)
+    assert (common.linear_probe(x, y, x, 2, seed=0) == 0).all()
+    assert {n for n, _ in calls[:-1]} == {40} and calls[-1] == (50, 1e-3)
+
+
+def test_what_the_probe_says_of_an_image_does_not_depend_on_the_other_test_images():
+    x = torch.randn(200, 4, generator=rng()) + 3 * torch.eye(4)[torch.arange(200) % 4]
+    y = torch.arange(200) % 4
+    alone = common.linear_probe(x, y, x[y == 0], 4, seed=0)
+    assert torch.equal(alone, common.linear_probe(x, y, x, 4, seed=0)[y == 0])
+
+
+def dataset(x, y, t=None, z=None):
+    """Features in place of pixels: (N, 3, 2, 2) uint8 images that evaluate does not look at."""
+    def split(x, y):
+        pixels = torch.randint(0, 256, (len(x), 3, 2, 2), generator=rng(), dtype=torch.uint8)
+        return common.Split(pixels, y, [str(i) for i in range(len(x))])
+    train = split(x, y)
+    return common.Dataset("x", train, train if t is None else split(t, z), ["a", "b"], "0")
+
+
+def test_confidence_is_the_softmax_of_the_distances_at_a_temperature_of_a_tenth():
+    x, y = torch.randn(60, 4, generator=rng()), torch.arange(60) % 2
+    _, found = common.evaluate(x, x, dataset(x, y), 3, seed=0)
+    centre, unit = common.kmeans(x, 3, 0)[1], F.normalize(x, dim=1)
+    p = (-torch.cdist(unit, centre).square() / 2 / .1).softmax(1)
+    assert torch.allclose(found.train_confidence, p.amax(1), atol=1e-4)
+
+
+def test_the_baselines_are_centred_pixels_and_the_untrained_network(monkeypatch):
+    x, y = torch.zeros(20, 1), torch.arange(20) % 2
+    data, given = dataset(x, y, x, y), []
+    monkeypatch.setattr(common, "evaluate", lambda *a, **k: given.append(a) or ({}, None))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    statistics = common.pixel_statistics(data.train.images)
+    common.baselines(data, net, statistics, 2, 0, None, CPU)
+    pixels = data.train.images.float().flatten(1) / 255 - .5
+    assert torch.allclose(given[0][0], pixels, atol=1e-6)
+    expected = common.embed_both(net, data, statistics, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(given[1], expected))

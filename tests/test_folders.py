@@ -88,7 +88,8 @@ LAYOUTS = """
   train=4 val=2                                             | 4        | 2     | no labels
   cat/at/night=2 cat=1 dog/train=1 dog/test=1               | cat=3 dog=2 |  | class&test&train
   cat/Train=1 cat/val=1 dog/Train=2 dog/val=1               | *        |       | splits&Train&val
-  * cat/a.txt b.pdf                                         | *        |       | not images&2
+  * cat/a.txt b.pdf                                         | *        |       | 2 (1 .pdf, 1 .txt)
+  * cat/a.heic cat/b.HEIC dog/LICENSE                       | *        |       | 3 (2 .heic, 1 none)
   * cat/more.png=1 dog/none.jpg=0                           | cat=3 dog=3
 
   net=2 test=3 racket=2                                     | net=2 racket=2 test=3 | | test&class
@@ -705,3 +706,46 @@ def test_a_place_that_cannot_be_written_costs_only_the_second_start(tmp_path, ca
     (tmp_path / "kept").write_text("a file where the folder should be")
     assert len(load(make(tmp_path / "pets", tree("*")), tmp_path).train.images) == 5
     assert "could not be kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flat, n, warned", [(1, 10, False), (2, 10, True)])
+def test_a_tenth_of_flat_images_is_not_yet_worth_a_warning(flat, n, warned, tmp_path, capsys):
+    files = {f"{i}.png": FLAT[i] if i < flat else noise(i) for i in range(n)}
+    root = make(tmp_path / "pets", files)
+    load(root, tmp_path)
+    assert ("WARNING" in capsys.readouterr().out) == warned
+
+
+def test_an_image_with_one_flat_channel_is_not_flat(tmp_path, capsys):
+    pixels = [np.array(noise(i)) for i in range(6)]
+    for image in pixels:
+        image[..., 2] = 7
+    load(make(tmp_path / "pets", {f"{i}.png": image for i, image in enumerate(pixels)}), tmp_path)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_holes_of_a_float_image_are_black_but_plus_infinity(tmp_path):
+    make(tmp_path / "deep", {"a.tif": HOLES, "b.tif": ramp(0, 9)})  # rows 20 to 22: nan, inf, -inf
+    image = load(tmp_path / "deep", tmp_path, image_size=64).train.images[0, 0, 20:23, 30:33]
+    assert image.tolist() == [[0, 255, 0]] * 3
+
+
+def test_one_hot_pixel_does_not_set_the_scale(tmp_path):
+    seen = np.bincount(np.random.default_rng(0).integers(4096, size=1000), minlength=4096)
+    hot = ramp(0, 4095, "uint16")
+    hot.flat[np.argmax(seen == 1)] = 65535                         # one that the look meets, once
+    make(tmp_path / "deep", {"a.png": hot, "b.png": ramp(4095, 0, "uint16")})
+    assert all(len(image.unique()) > 200 for image in
+               load(tmp_path / "deep", tmp_path, image_size=64).train.images)
+
+
+def test_opaque_images_with_an_alpha_channel_are_not_called_transparent(tmp_path, capsys):
+    make(tmp_path / "icons", {f"{i}.png": noise(i).convert("RGBA") for i in range(3)})
+    load(tmp_path / "icons", tmp_path)
+    assert "transparent" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size, side", [((64, 100), 64), ((96, 130), 96)])
+def test_a_median_image_of_exactly_a_side_fills_it(size, side, tmp_path):
+    root = make(tmp_path / "pets", {f"{i}.png": noise(i, size) for i in range(3)})
+    assert load(root, tmp_path).train.images.shape[-1] == side

@@ -219,6 +219,15 @@ def test_assign_repeats_the_clusters_of_a_run_for_the_same_images(photos, weight
 
 
 @pytest.mark.slow
+def test_the_backbone_of_a_run_on_a_model_of_torchvision_is_that_model(photos, weights, tmp_path):
+    heads(photos, weights, tmp_path / "a")
+    with pytest.raises(common.UserError, match=f"--pretext {SMALL}"):
+        scan.train(scan.parse([
+            "--dataset", str(photos), "--data-dir", str(photos.parent / "data"), "--device", "cpu",
+            "--pretext", str(tmp_path / "a" / "backbone.pt"), "--out", str(tmp_path / "b")]))
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_of_heads_repeats_the_uninterrupted_one(
         photos, weights, tmp_path, monkeypatch):
     whole = common.Run.end_epoch

@@ -699,17 +699,22 @@ def test_backbone_pt_is_the_state_dict_of_the_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("labelled, m", [(True, 4), (True, 0), (False, 4), (False, 0)])
-def test_a_run_leaves_only_files_that_it_knows(tmp_path, labelled, m):
-    end(tmp_path / "run", images_of(8, m, labelled))
+@pytest.mark.parametrize("of_files", [True, False])
+def test_a_run_leaves_only_files_that_it_knows(tmp_path, labelled, m, of_files):
+    data = images_of(8, m, labelled)
+    end(tmp_path / "run", data._replace(decoding={"fit": "crop"} if of_files else {}))
     names = {f.name for f in (tmp_path / "run").iterdir()}
     assert {"log.jsonl", "checkpoint.pt", "backbone.pt", "result.json", "clusters.csv",
             "prototypes.png", "curves.png"} <= names <= set(Run.FILES)
     assert ("confusion.png" in names) is labelled
-    assert ("sheets" in names) is ("summary.txt" in names) is not labelled
+    assert ("sheets" in names) is ("summary.txt" in names) is of_files
 
 
-def test_images_without_labels_end_with_a_sheet_for_each_cluster_and_words(tmp_path, capsys):
-    end(tmp_path / "run", images_of(9, 0, labelled=False))         # clusters 0 1 2 3 0 1 2 3 0
+@pytest.mark.parametrize("labelled", [True, False])                # folders may be years
+def test_a_folder_of_images_ends_with_a_sheet_for_each_cluster_and_words(
+        labelled, tmp_path, capsys):
+    data = images_of(9, 0, labelled)                               # clusters 0 1 2 3 0 1 2 3 0
+    end(tmp_path / "run", data._replace(decoding={"fit": "crop"}))
     sheets = sorted(f.name for f in (tmp_path / "run" / "sheets").iterdir())
     assert sheets == [f"cluster-{c:03}.png" for c in range(4)]
     text = capsys.readouterr().out
@@ -760,3 +765,33 @@ def test_curves_have_a_panel_for_each_term_and_gauge(tmp_path, log, panels):
     drawn = [(sheet[y:y + 120, x:x + 320].std(2) > 20).any() for y in range(0, sheet.shape[0], 128)
              for x in range(0, sheet.shape[1] - 300, 328)]
     assert sum(drawn) == panels and all(drawn[:panels])
+
+
+def test_the_confusion_shows_the_share_of_each_class_in_each_cluster(tmp_path, monkeypatch):
+    shown, real = [], common.heatmap
+    monkeypatch.setattr(common, "heatmap", lambda m, *a, **k: shown.append(m) or real(m, *a, **k))
+    y, c = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([1, 1, 1, 0, 0])
+    split = common.Split(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), y, list("abcde"))
+    data = common.Dataset("x", split, split, ["cat", "dog"], "0")
+    sure = torch.full((5,), .5)
+    common.save_clusters(tmp_path, data, common.Clustering(c, c, sure, sure), 2)
+    assert shown[0].tolist() == [[.75, .25], [0, 1]]               # cluster 1 is the cats'
+
+
+def test_the_log_has_the_rate_without_the_factor_of_its_group(tmp_path):
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([{"params": net.parameters(), "factor": 5}], lr=1)
+    common.set_lr(optimizer, .1)
+    with open_run(tmp_path / "run") as run:
+        run.end_epoch({"loss": 1.}, 6, net=net, optimizer=optimizer)
+        assert run.log[-1]["lr"] == pytest.approx(.1)
+
+
+def test_the_summary_has_size_share_and_confidence_of_each_cluster(tmp_path):
+    c, sure = torch.tensor([0, 0, 0, 2]), torch.tensor([.25, .5, .75, 1.])
+    split = common.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None, list("abcd"))
+    data = common.Dataset("x", split, split, None, "0")
+    common.save_sheets(tmp_path, data, common.Clustering(c, c, sure, sure), 3)
+    rows = [line.split() for line in (tmp_path / "summary.txt").read_text().splitlines()[1:4]]
+    assert rows == [["0", "3", "75.0%", "0.50"], ["1", "0", "0.0%", "-"],
+                    ["2", "1", "25.0%", "1.00"]]

@@ -482,7 +482,7 @@ def test_assign_gives_the_images_of_a_run_the_clusters_that_the_run_gave_them(
     text, found = capsys.readouterr().out, result(tmp_path / "b")
     assert "cluster 0 is mostly" in text and found["map"] == result(tmp_path / "a")["map"]
     assert abs(found["acc"] - result(tmp_path / "a")["scores"]["+ self-label"]["acc"]) < 1e-6
-    assert (tmp_path / "b" / "summary.txt").exists()
+    assert (tmp_path / "b" / "prototypes.png").exists()
 
 
 def test_assign_needs_a_finished_run(tmp_path):

@@ -226,3 +226,30 @@ def test_the_same_step_gives_the_same_gradients_at_the_smallest_sizes(
     assert all(g.isfinite().all() for g in first)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients()))
+
+
+def test_he_initialisation_is_by_fan_out():
+    torch.manual_seed(0)
+    weight = common.resnet18(32, 64).layer2[0].conv1.weight        # 64 to 128 channels
+    assert abs(weight.std().item() / math.sqrt(2 / (9 * 128)) - 1) < .05
+
+
+@pytest.mark.parametrize("size, stride, side", [(32, 1, 32), (32, 2, 16), (96, 1, 48), (96, 2, 24)])
+def test_the_stem_has_the_stride_that_was_asked_for(size, stride, side):
+    seen, net = [], common.resnet18(size, 16, stride).eval()
+    net.layer1.register_forward_hook(lambda module, x, y: seen.append(y.shape[-1]))
+    net(torch.zeros(1, 3, size, size))
+    assert net.conv1.stride == (stride, stride) and seen == [side]
+
+
+def test_the_meter_keeps_no_graph():
+    meter = common.Meter("method, epoch 1", steps=1)
+    meter.add(loss=torch.ones((), requires_grad=True) * 2)
+    assert not meter.total["loss"].requires_grad
+
+
+def test_the_meter_divides_by_the_steps_that_were_taken():
+    meter = common.Meter("method, epoch 1", steps=10)
+    meter.add(loss=torch.tensor(1.))
+    meter.add(loss=torch.tensor(3.))
+    assert meter.means() == {"loss": 2.}
