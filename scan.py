@@ -257,10 +257,10 @@ def load_backbone(path, backbone, args, data):
     theirs = mine
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # no file, not ours
         made = json.loads(Path(path).with_name("result.json").read_text())
+        theirs = {key: {**made["settings"], "dataset": made["dataset"]}[key] for key in mine}
         model = made["settings"].get("pretext")
         if model in MODELS:
             raise UserError(f"{one_line(path)} is {model} as it came: give --pretext {model}")
-        theirs = {key: {**made["settings"], "dataset": made["dataset"]}[key] for key in mine}
     for key, value in mine.items():
         if theirs[key] != value:
             raise UserError(f"{one_line(path)}: it was made with --{key.replace('_', '-')} "
