@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, epochs):
         super().__init__(description=(doc or "").split("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         epilog="Defaults are those of the --dataset that is given.")
+                         epilog="Defaults are those of --dataset; of shapes where it is not given.")
         add = self.add_argument_group("what most people need").add_argument
         add("--dataset", default="shapes", help=f"{', '.join(NAMES)}, or a folder of images")
         add("--clusters", type=number(int, 2), help="how many to look for; else as many as classes")
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="continue the run in that folder")
         add = self.add_argument_group("where and on what").add_argument
-        add("--data-dir", default="data", help="for downloads and decoded images; or ImageNet")
+        add("--data-dir", default="data", help="downloads, decoded images; where ImageNet is")
         add("--classes", metavar="FILE", help="the class folders to keep, a name a line")
         add("--unlabelled", action="store_true", help="folders (e.g. years) are no classes")
         add("--labelled", action="store_true", help="leave out images beside class folders")
@@ -564,10 +564,11 @@ def find_files(root, skip):
                     os.path.isfile(entry.path) or not os.path.exists(entry.path)):
                 files.append(inner)
             else:
-                others[Path(entry.name).suffix.lower() or "none"] += 1
+                others[Path(entry.name).suffix.lower() or "without"] += 1
     if others:
         endings = ", ".join(f"{n:,} {one_line(ending)}" for ending, n in others.most_common(6))
-        print(f"  left out, not images by their ending: {others.total():,} ({endings})")
+        more = ", ..." * (len(others) > 6)
+        print(f"  left out, not images by their ending: {others.total():,} ({endings}{more})")
     return sorted(files)
 
 

@@ -139,7 +139,7 @@ def sinkhorn(s, epsilon=.05, iterations=3):
     """The rival's targets, as in SwAV: exp(s / epsilon), its columns and rows scaled in turn, which
     brings the shares of all clusters in the batch closer to each other (the Sinkhorn algorithm).
     SwAV does so 3 times: with the small epsilon of shapes the shares of a trained network still are
-    a third to three times B / K. 100 times make them equal, to 4 %, and gave a weaker rival.
+    a third to three times B / K (100 times: section 6).
     s: (B, K) scores. -> (B, K); rows sum to 1, columns more or less to B / K."""
     q = s.float() / epsilon
     for _ in range(iterations):

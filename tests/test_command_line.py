@@ -200,7 +200,7 @@ def test_help_is_printed_for_every_flag(script, capsys):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert all(f"--{name.replace('_', '-')}" in out for name in vars(module.parse([])))
-    assert "Defaults are those of the --dataset" in out
+    assert "Defaults are those of --dataset" in " ".join(out.split())
 
 
 @ALL

@@ -544,11 +544,7 @@ def test_leave_one_out_holds_in_every_chunk_of_queries():
 
 
 def gauged(n, monkeypatch, epoch=0):
-    y = torch.arange(n) % 3
-    pixels = torch.randint(0, 255, (n, 3, 2, 2), generator=rng(), dtype=torch.uint8)
-    split = common.Split(pixels, y, [str(i) for i in range(n)])
-    data, asked = common.Dataset("x", split, split, ["r", "g", "b"], "0"), []
-    knn = common.knn_accuracy
+    data, asked, knn = data_of(range(n), torch.arange(n) % 4), [], common.knn_accuracy
     monkeypatch.setattr(common, "knn_accuracy", lambda *a: asked.append(a) or knn(*a))
     statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
     common.knn_gauge(nn.Flatten(), data, torch.arange(n), statistics, CPU, epoch,
@@ -583,26 +579,16 @@ def test_what_the_probe_says_of_an_image_does_not_depend_on_the_other_test_image
     assert torch.equal(alone, common.linear_probe(x, y, x, 4, seed=0)[y == 0])
 
 
-def dataset(x, y, t=None, z=None):
-    """Features in place of pixels: (N, 3, 2, 2) uint8 images that evaluate does not look at."""
-    def split(x, y):
-        pixels = torch.randint(0, 256, (len(x), 3, 2, 2), generator=rng(), dtype=torch.uint8)
-        return common.Split(pixels, y, [str(i) for i in range(len(x))])
-    train = split(x, y)
-    return common.Dataset("x", train, train if t is None else split(t, z), ["a", "b"], "0")
-
-
 def test_confidence_is_the_softmax_of_the_distances_at_a_temperature_of_a_tenth():
     x, y = torch.randn(60, 4, generator=rng()), torch.arange(60) % 2
-    _, found = common.evaluate(x, x, dataset(x, y), 3, seed=0)
+    _, found = common.evaluate(x, x, data_of(x, y), 3, seed=0)
     centre, unit = common.kmeans(x, 3, 0)[1], F.normalize(x, dim=1)
     p = (-torch.cdist(unit, centre).square() / 2 / .1).softmax(1)
     assert torch.allclose(found.train_confidence, p.amax(1), atol=1e-4)
 
 
 def test_the_baselines_are_centred_pixels_and_the_untrained_network(monkeypatch):
-    x, y = torch.zeros(20, 1), torch.arange(20) % 2
-    data, given = dataset(x, y, x, y), []
+    data, given = coloured(), []
     monkeypatch.setattr(common, "evaluate", lambda *a, **k: given.append(a) or ({}, None))
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     statistics = common.pixel_statistics(data.train.images)

@@ -89,7 +89,7 @@ LAYOUTS = """
   cat/at/night=2 cat=1 dog/train=1 dog/test=1               | cat=3 dog=2 |  | class&test&train
   cat/Train=1 cat/val=1 dog/Train=2 dog/val=1               | *        |       | splits&Train&val
   * cat/a.txt b.pdf                                         | *        |       | 2 (1 .pdf, 1 .txt)
-  * cat/a.heic cat/b.HEIC dog/LICENSE                       | *        |       | 3 (2 .heic, 1 none)
+  * cat/a.heic cat/b.HEIC dog/LICENSE                       | *      |     | 3 (2 .heic, 1 without)
   * cat/more.png=1 dog/none.jpg=0                           | cat=3 dog=3
 
   net=2 test=3 racket=2                                     | net=2 racket=2 test=3 | | test&class
