@@ -558,8 +558,8 @@ if __name__ == "__main__":
 #     --mask-share 0                             .490 +- .016  .543    .398              .236
 #     --mask-share 0 --mix-weight 0              .468 +- .005  .530    .378              .240
 #     raw pixels                                 .412          -       .405              .233
-# So on CIFAR-10 mixing helps, and masking a little; on shapes neither does. By masking features
-# become robust to the mask of training, and hardly to another one. When L_g leaves `constant` is
+# So on CIFAR-10 mixing helps, and masking a little; on shapes neither does. Masking makes
+# features robust to the mask of training, and hardly to another one. When L_g leaves `constant` is
 # chance: seed 0 of the first row has kNN .892, but .722 with two threads, so +- is too small there.
 # Tried on shapes drawn with another seed, kNN of seeds 0 and 1. --mask-share and --mask-ratio:
 #     .25 .15: .966 .885; .5 .15: .882 .868; .25 .3: .878 .830; .5 .3: .581 .831; BYOL: .949 .897

@@ -423,7 +423,7 @@ def parse(argv=None):
     add("--nt-xent", choices=("one-sided", "symmetric"), default="one-sided", help="anchors: view "
         "1 alone, as released, or both views")
     add("--pretext", metavar="FILE or MODEL", help="instead of step 1: the backbone.pt of any "
-        "script's run on these images, or a model of torchvision, which stays frozen (D9)")
+        "script's run on these images, or a model of torchvision, e.g. resnet50 (frozen, D9)")
     add("--weights", metavar="FILE", help="a file of weights for that model; else torchvision's")
     add("--assign", metavar="RUN", help="train nothing: give the images of --dataset the clusters "
         "of a finished run of scan.py")

@@ -269,3 +269,53 @@ def test_against_without_detect_is_refused(capsys):
     with pytest.raises(SystemExit, match="^2$"):
         mask_mix.parse(["--against", "runs/other"])
     assert "--against needs --detect" in capsys.readouterr().err
+
+
+def test_detect_trains_on_scenes_of_its_own_from_the_same_start(tmp_path, monkeypatch):
+    state = finished_run(tmp_path)
+    drawn, thresholds, fed, starts, draw = [], [], [], [], mask_mix.draw_scenes
+    monkeypatch.setattr(mask_mix, "SCHEDULES", {8: 1, 16: 1})
+    monkeypatch.setattr(mask_mix, "TEST_SCENES", 3)
+    monkeypatch.setattr(mask_mix, "draw_scenes", lambda n, side, seed: drawn.append((n, seed)) or
+                        draw(n, side, seed))
+    monkeypatch.setattr(mask_mix, "average_precision",
+                        lambda found, truth, t: thresholds.append(t) or 0.)
+    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0).long(),
+               "scores": torch.empty(0)}
+
+    def train(model, *_):
+        first = model.backbone.body.conv1.weight
+        starts.append(first.detach().clone())
+        first.data.add_(1)
+        model.forward = lambda x: fed.append(x[0]) or [nothing]
+    monkeypatch.setattr(mask_mix, "train_detector", train)
+    for seed in ("0", "1"):
+        mask_mix.main(["--detect", str(tmp_path), "--seed", seed, "--device", "cpu", "--out",
+                       str(tmp_path / seed)])
+    (_, a), (_, tested), (_, b), (_, again) = drawn
+    assert tested == again and tested not in (a, b) and a != b
+    assert thresholds[:10] == pytest.approx([.5 + .05 * i for i in range(10)])
+    assert len(thresholds) == 2 * 2 * 2 * 10
+    assert max(x.max() for x in fed) <= 1
+    run, same, untrained, twin = starts[:4]                        # 8 and 16 scenes, two networks
+    assert torch.equal(run, state["conv1.weight"]) and torch.equal(run, same)
+    assert torch.equal(untrained, twin) and not torch.equal(untrained, run)
+
+
+def test_boxes_of_little_confidence_count_for_the_average_precision():
+    model = make_detector(common.resnet18(32, 16, 2), STATISTICS)
+    assert model.roi_heads.score_thresh == .05
+
+
+def test_a_box_is_right_at_the_very_threshold():
+    truth = [{"boxes": torch.tensor([[0., 0, 10, 10]]), "labels": torch.tensor([1])}]
+    found = [{"boxes": torch.tensor([[0., 0, 10, 5]]), "labels": torch.tensor([1]),
+              "scores": torch.tensor([.9])}]                       # IoU 50 / 100
+    assert average_precision(found, truth, .5) == 1
+
+
+def test_a_trained_detector_is_in_eval_mode():
+    model = make_detector(common.resnet18(32, 16, 2), STATISTICS)
+    images, truth = mask_mix.draw_scenes(8, 96, 0)
+    device = torch.device("cpu")
+    assert not mask_mix.train_detector(model, images, truth, 1, 0, device, "x").training

@@ -508,3 +508,19 @@ def test_the_default_run_starts_and_sees_through_masks(tmp_path, two_threads):
     assert ours["knn_erased"] > untrained["knn_erased"] + .1
     last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert last["byol"] < .7 * last["constant"]
+
+
+def test_the_number_of_erased_cells_is_rounded():
+    x = torch.ones(20, 1, 16, 16)                                  # .15 of 64 cells: 9.6
+    erased = mask_mix.random_mask(x, .15, 8, rng()) == 0
+    assert (erased.sum((1, 2, 3)) == 10 * 4).all()
+
+
+def test_each_masked_view_is_one_of_its_own_complete_view():
+    statistics = torch.full((1, 3, 1, 1), .5), torch.full((1, 3, 1, 1), .25)
+    args = mask_mix.parse(["--mask-share=1", "--mask-ratio=.3"])
+    x = torch.rand(50, 3, 16, 16, generator=rng())
+    x1, x2, u1, u2, _ = mask_mix.make_views(args, statistics)(x, rng())
+    assert not torch.equal(x1, x2)
+    for x, u in ((x1, u1), (x2, u2)):
+        assert ((u == x) | (u == 0)).all() and not torch.equal(u, x)

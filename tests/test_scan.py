@@ -3,6 +3,7 @@ import csv
 import inspect
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -523,3 +524,96 @@ def test_on_shapes_the_scan_step_finds_most_shapes_and_self_labelling_keeps_them
     scores = result(tmp_path / "a")["scores"]
     assert scores["SCAN loss"]["acc"] > .9 > .3 > scores["raw pixels"]["kmeans"]["acc"]
     assert scores["+ self-label"]["acc"] > scores["SCAN loss"]["acc"] - .02
+
+
+def test_mining_is_exact_beyond_the_first_chunk_of_rows():
+    rng = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(8400, 4, generator=rng), dim=1)    # chunks of 2^26 / N = 7989 rows
+    near = scan.mine(z, 1)
+    assert (near[:, 0] == torch.arange(8400)).all() and (near[:, 1] != near[:, 0]).all()
+
+
+def test_each_feature_may_have_a_scale_and_an_offset_of_its_own():
+    h = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
+
+    def scaled(h):
+        scale = scan.Scale(8)
+        scale.mean, scale.std = h.mean(0), h.std(0)
+        return scale(h)
+    moved = h * torch.logspace(-2, 2, 8) + 10 * torch.arange(8)
+    assert torch.allclose(scaled(h), scaled(moved), atol=1e-2)
+
+
+@pytest.mark.parametrize("n, clusters, most, chosen", [
+    (5000, 10, 200, 166), (50000, 10, 20, 20), (20, 10, 20, 1)])
+def test_neighbours_are_at_most_a_third_of_a_cluster(n, clusters, most, chosen):
+    args = SimpleNamespace(neighbours=None)
+    scan.choose_neighbours(args, n, clusters, most)
+    assert args.neighbours == chosen
+
+
+def test_an_image_has_one_neighbour_less_than_there_are_images():
+    scan.choose_neighbours(SimpleNamespace(neighbours=19), 20, 2, 20)
+    with pytest.raises(common.UserError, match="has 19 others"):
+        scan.choose_neighbours(SimpleNamespace(neighbours=20), 20, 2, 20)
+
+
+def test_neighbours_are_mined_by_cosine_and_their_accuracy_is_that_of_the_nearest_k(tmp_path):
+    # Directions on a circle, of any length; the two nearest of an image are those beside it.
+    angle = torch.arange(8) * .1 + torch.arange(8) ** 2 * .001
+    z = torch.stack([angle.cos(), angle.sin()], 1) * torch.logspace(0, 3, 8)[:, None]
+    labels = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    near, shares = scan.mine_neighbours(
+        SimpleNamespace(neighbours=6), SimpleNamespace(folder=tmp_path), z,
+        torch.zeros(8, 3, 4, 4, dtype=torch.uint8), labels)
+    unit = F.normalize(z.double(), dim=1)
+    order = (unit @ unit.t()).fill_diagonal_(-2).argsort(1, descending=True)
+    assert torch.equal(near[:, 1:].long(), order[:, :6])
+    right = (labels[order] == labels[:, None]).double()
+    assert shares == {"top-1": pytest.approx(right[:, :1].mean().item()),
+                      "top-5": pytest.approx(right[:, :5].mean().item())}
+    assert shares["top-1"] != pytest.approx(shares["top-5"])
+
+
+def test_full_loss_takes_the_image_and_its_five_nearest():
+    g = torch.Generator().manual_seed(0)
+    out = torch.randn(20, 1, 3, generator=g, dtype=torch.float64)
+    near = scan.mine(F.normalize(torch.randn(20, 4, generator=g, dtype=torch.float64), dim=1), 9)
+    p = out[:, 0].softmax(1)
+    pairs = [-math.log(float(p[i] @ p[j])) for i in range(20) for j in near[i, :6].tolist()]
+    expected = np.mean(pairs) + float((p.mean(0) * p.mean(0).log()).sum())
+    assert scan.full_loss(out, near)[0].item() == pytest.approx(expected, rel=1e-9)
+
+
+def found(clusters, confidence):
+    c, p = torch.tensor(clusters), torch.tensor(confidence)
+    return common.Clustering(c, c, p, p)
+
+
+def test_a_cluster_is_unsure_below_five_percent_above_the_threshold():
+    assert scan.complaint(found([0] * 20, [.9] + [.1] * 19), 1, .5) == ""       # 5 %
+    assert "in 1 of 1" in scan.complaint(found([0] * 21, [.9] + [.1] * 20), 1, .5)
+    assert "in 1 of 1" in scan.complaint(found([0] * 20, [.5] * 20), 1, .5)     # not above it
+
+
+def test_four_operations_are_drawn_for_each_image(monkeypatch):
+    monkeypatch.setattr(scan, "OPERATIONS", (("Identity", 0, 0, lambda x, m: x),
+                                             ("Add", 0, 0, lambda x, m: x + 1)))
+    rng = torch.Generator().manual_seed(0)
+    made = scan.random_operations(torch.zeros(300, 3, 2, 2), rng)[:, 0, 0, 0]
+    assert set(made.tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("size, longest", [(32, 16), (64, 32), (65, 21), (96, 32)])
+def test_a_strong_view_is_mirrored_half_of_the_time_and_cut_by_the_released_size(
+        size, longest, monkeypatch):
+    cut = []
+    monkeypatch.setattr(scan, "random_operations", lambda x, rng: x)
+    monkeypatch.setattr(scan, "cutout", lambda x, longest, rng: cut.append(longest) or x)
+    statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(200, -1, -1, -1)
+    strong = scan.make_views(scan.parse([]), size, statistics)["strong"]
+    out = strong(x, torch.Generator().manual_seed(1))
+    mirrored = (out == x.flip(3)).flatten(1).all(1)
+    assert (mirrored | (out == x).flatten(1).all(1)).all() and cut == [longest]
+    assert abs(mirrored.float().mean() - .5) < .15

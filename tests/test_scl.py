@@ -404,3 +404,16 @@ def test_every_variant_runs_to_its_report(tmp_path, flags, rows):
     scores = results(tmp_path / "run")
     assert sum(name.startswith("scl, ") for name in scores) == rows
     assert all(0 <= s.get("kmeans", s)["acc"] <= 1 for s in scores.values())
+
+
+def test_balance_is_of_probabilities_whatever_the_offset_of_an_images_logits():
+    p = torch.tensor([[.7, .2, .1], [.1, .2, .7]], dtype=torch.float64)
+    logits = p.log() + torch.tensor([[5.], [-3.]])
+    entropy = -(2 * .4 * math.log(.4) + .2 * math.log(.2))          # means .4, .2, .4
+    assert scl.balance_loss(logits).item() == pytest.approx(math.log(3) - entropy)
+
+
+def test_the_consensus_is_a_product_and_not_a_sum():
+    # Products .03, .075, .07; sums .65, .55, .8.
+    pv, ps = torch.tensor([[.6, .3, .1]] * 2), torch.tensor([[.05, .25, .7]] * 2)
+    assert scl.consensus(pv, ps)[0].tolist() == [1]

@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,96 +79,6 @@ def test_epochs_are_shuffled_anew_views_differ_and_rates_follow_the_schedule(
 
 # ------------------------------------------------------------------------------------------------
 # scan.py
-
-def test_mining_is_exact_beyond_the_first_chunk_of_rows():
-    z = F.normalize(torch.randn(8400, 4, generator=rng()), dim=1)  # chunks of 2^26 / N = 7989 rows
-    near = scan.mine(z, 1)
-    assert (near[:, 0] == torch.arange(8400)).all() and (near[:, 1] != near[:, 0]).all()
-
-
-def test_each_feature_may_have_a_scale_and_an_offset_of_its_own():
-    h = torch.rand(50, 8, generator=rng())
-
-    def scaled(h):
-        scale = scan.Scale(8)
-        scale.mean, scale.std = h.mean(0), h.std(0)
-        return scale(h)
-    moved = h * torch.logspace(-2, 2, 8) + 10 * torch.arange(8)
-    assert torch.allclose(scaled(h), scaled(moved), atol=1e-2)
-
-
-@pytest.mark.parametrize("n, clusters, most, chosen", [
-    (5000, 10, 200, 166), (50000, 10, 20, 20), (20, 10, 20, 1)])
-def test_neighbours_are_at_most_a_third_of_a_cluster(n, clusters, most, chosen):
-    args = SimpleNamespace(neighbours=None)
-    scan.choose_neighbours(args, n, clusters, most)
-    assert args.neighbours == chosen
-
-
-def test_an_image_has_one_neighbour_less_than_there_are_images():
-    scan.choose_neighbours(SimpleNamespace(neighbours=19), 20, 2, 20)
-    with pytest.raises(common.UserError, match="has 19 others"):
-        scan.choose_neighbours(SimpleNamespace(neighbours=20), 20, 2, 20)
-
-
-def test_neighbours_are_mined_by_cosine_and_their_accuracy_is_that_of_the_nearest_k(tmp_path):
-    # Directions on a circle, of any length; the two nearest of an image are those beside it.
-    angle = torch.arange(8) * .1 + torch.arange(8) ** 2 * .001
-    z = torch.stack([angle.cos(), angle.sin()], 1) * torch.logspace(0, 3, 8)[:, None]
-    labels = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
-    near, shares = scan.mine_neighbours(
-        SimpleNamespace(neighbours=6), SimpleNamespace(folder=tmp_path), z,
-        torch.zeros(8, 3, 4, 4, dtype=torch.uint8), labels)
-    unit = F.normalize(z.double(), dim=1)
-    order = (unit @ unit.t()).fill_diagonal_(-2).argsort(1, descending=True)
-    assert torch.equal(near[:, 1:].long(), order[:, :6])
-    right = (labels[order] == labels[:, None]).double()
-    assert shares == {"top-1": pytest.approx(right[:, :1].mean().item()),
-                      "top-5": pytest.approx(right[:, :5].mean().item())}
-    assert shares["top-1"] != pytest.approx(shares["top-5"])
-
-
-def test_full_loss_takes_the_image_and_its_five_nearest():
-    g = rng()
-    out = torch.randn(20, 1, 3, generator=g, dtype=torch.float64)
-    near = scan.mine(F.normalize(torch.randn(20, 4, generator=g, dtype=torch.float64), dim=1), 9)
-    p = out[:, 0].softmax(1)
-    pairs = [-math.log(float(p[i] @ p[j])) for i in range(20) for j in near[i, :6].tolist()]
-    expected = np.mean(pairs) + float((p.mean(0) * p.mean(0).log()).sum())
-    assert scan.full_loss(out, near)[0].item() == pytest.approx(expected, rel=1e-9)
-
-
-def found(clusters, confidence):
-    c, p = torch.tensor(clusters), torch.tensor(confidence)
-    return common.Clustering(c, c, p, p)
-
-
-def test_a_cluster_is_unsure_below_five_percent_above_the_threshold():
-    assert scan.complaint(found([0] * 20, [.9] + [.1] * 19), 1, .5) == ""       # 5 %
-    assert "in 1 of 1" in scan.complaint(found([0] * 21, [.9] + [.1] * 20), 1, .5)
-    assert "in 1 of 1" in scan.complaint(found([0] * 20, [.5] * 20), 1, .5)     # not above it
-
-
-def test_four_operations_are_drawn_for_each_image(monkeypatch):
-    monkeypatch.setattr(scan, "OPERATIONS", (("Identity", 0, 0, lambda x, m: x),
-                                             ("Add", 0, 0, lambda x, m: x + 1)))
-    made = scan.random_operations(torch.zeros(300, 3, 2, 2), rng())[:, 0, 0, 0]
-    assert set(made.tolist()) == {0, 1, 2, 3, 4}
-
-
-@pytest.mark.parametrize("size, longest", [(32, 16), (64, 32), (65, 21), (96, 32)])
-def test_a_strong_view_is_mirrored_half_of_the_time_and_cut_by_the_released_size(
-        size, longest, monkeypatch):
-    cut = []
-    monkeypatch.setattr(scan, "random_operations", lambda x, rng: x)
-    monkeypatch.setattr(scan, "cutout", lambda x, longest, rng: cut.append(longest) or x)
-    statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
-    x = torch.rand(1, 3, 8, 8, generator=rng()).expand(200, -1, -1, -1)
-    out = scan.make_views(scan.parse([]), size, statistics)["strong"](x, rng(1))
-    mirrored = (out == x.flip(3)).flatten(1).all(1)
-    assert (mirrored | (out == x).flatten(1).all(1)).all() and cut == [longest]
-    assert abs(mirrored.float().mean() - .5) < .15
-
 
 class Notebook:
     """Stands for the Run of a step: it keeps what it is told, on no disk."""
@@ -380,19 +289,6 @@ def test_on_stl10_steps_2_and_3_learn_from_its_labelled_split_alone(name, later,
 # ------------------------------------------------------------------------------------------------
 # scl.py
 
-def test_balance_is_of_probabilities_whatever_the_offset_of_an_images_logits():
-    p = torch.tensor([[.7, .2, .1], [.1, .2, .7]], dtype=torch.float64)
-    logits = p.log() + torch.tensor([[5.], [-3.]])
-    entropy = -(2 * .4 * math.log(.4) + .2 * math.log(.2))          # means .4, .2, .4
-    assert scl.balance_loss(logits).item() == pytest.approx(math.log(3) - entropy)
-
-
-def test_the_consensus_is_a_product_and_not_a_sum():
-    # Products .03, .075, .07; sums .65, .55, .8.
-    pv, ps = torch.tensor([[.6, .3, .1]] * 2), torch.tensor([[.05, .25, .7]] * 2)
-    assert scl.consensus(pv, ps)[0].tolist() == [1]
-
-
 def batch_of_scl():
     z = F.normalize(torch.randn(8, 5, generator=rng()), dim=1)
     memory = F.normalize(torch.randn(12, 5, generator=rng(7)), dim=1)
@@ -572,22 +468,6 @@ def test_each_step_of_identitize_follows_its_own_gradient(tmp_path, monkeypatch,
 # ------------------------------------------------------------------------------------------------
 # mask_mix.py and its detection
 
-def test_the_number_of_erased_cells_is_rounded():
-    x = torch.ones(20, 1, 16, 16)                                  # .15 of 64 cells: 9.6
-    erased = mask_mix.random_mask(x, .15, 8, rng()) == 0
-    assert (erased.sum((1, 2, 3)) == 10 * 4).all()
-
-
-def test_each_masked_view_is_one_of_its_own_complete_view():
-    statistics = torch.full((1, 3, 1, 1), .5), torch.full((1, 3, 1, 1), .25)
-    args = mask_mix.parse(["--mask-share=1", "--mask-ratio=.3"])
-    x = torch.rand(50, 3, 16, 16, generator=rng())
-    x1, x2, u1, u2, _ = mask_mix.make_views(args, statistics)(x, rng())
-    assert not torch.equal(x1, x2)
-    for x, u in ((x1, u1), (x2, u2)):
-        assert ((u == x) | (u == 0)).all() and not torch.equal(u, x)
-
-
 def mask_mix_run(folder, monkeypatch, *flags):
     """-> what happened in a run, in order; what optimizer and restore were given"""
     events, losses, ema, restore = [], mask_mix.losses, mask_mix.ema_update, common.Run.restore
@@ -641,56 +521,3 @@ def test_the_mixing_picture_looks_for_predictions_not_projections():
     statistics = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
     picture = mask_mix.mixing_picture(online, target, raw(), statistics, 0, CPU)
     assert len(asked) == 1 and picture.size[0] == 6 * 66 + 2       # image, partner, four nearest
-
-
-def test_detect_trains_on_scenes_of_its_own_from_the_same_start(tmp_path, monkeypatch):
-    state = common.resnet18(32, 16, 2).state_dict()
-    common.save_atomically(tmp_path / "backbone.pt", state)
-    (tmp_path / "result.json").write_text(json.dumps({
-        "size": 32, "settings": {"width": 16, "stem_stride": 2}, "mean": [.1, .2, .3],
-        "std": [.4, .5, .6]}))
-    drawn, thresholds, fed, starts, draw = [], [], [], [], mask_mix.draw_scenes
-    monkeypatch.setattr(mask_mix, "SCHEDULES", {8: 1, 16: 1})
-    monkeypatch.setattr(mask_mix, "TEST_SCENES", 3)
-    monkeypatch.setattr(mask_mix, "draw_scenes", lambda n, side, seed: drawn.append((n, seed)) or
-                        draw(n, side, seed))
-    monkeypatch.setattr(mask_mix, "average_precision",
-                        lambda found, truth, t: thresholds.append(t) or 0.)
-    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0).long(),
-               "scores": torch.empty(0)}
-
-    def train(model, *_):
-        first = model.backbone.body.conv1.weight
-        starts.append(first.detach().clone())
-        first.data.add_(1)
-        model.forward = lambda x: fed.append(x[0]) or [nothing]
-    monkeypatch.setattr(mask_mix, "train_detector", train)
-    for seed in ("0", "1"):
-        mask_mix.main(["--detect", str(tmp_path), "--seed", seed, "--device", "cpu", "--out",
-                       str(tmp_path / seed)])
-    (_, a), (_, tested), (_, b), (_, again) = drawn
-    assert tested == again and tested not in (a, b) and a != b
-    assert thresholds[:10] == pytest.approx([.5 + .05 * i for i in range(10)])
-    assert len(thresholds) == 2 * 2 * 2 * 10
-    assert max(x.max() for x in fed) <= 1
-    run, same, untrained, twin = starts[:4]                        # 8 and 16 scenes, two networks
-    assert torch.equal(run, state["conv1.weight"]) and torch.equal(run, same)
-    assert torch.equal(untrained, twin) and not torch.equal(untrained, run)
-
-
-def test_boxes_of_little_confidence_count_for_the_average_precision():
-    model = mask_mix.make_detector(common.resnet18(32, 16, 2), ([.4] * 3, [.25] * 3))
-    assert model.roi_heads.score_thresh == .05
-
-
-def test_a_box_is_right_at_the_very_threshold():
-    truth = [{"boxes": torch.tensor([[0., 0, 10, 10]]), "labels": torch.tensor([1])}]
-    found = [{"boxes": torch.tensor([[0., 0, 10, 5]]), "labels": torch.tensor([1]),
-              "scores": torch.tensor([.9])}]                       # IoU 50 / 100
-    assert mask_mix.average_precision(found, truth, .5) == 1
-
-
-def test_a_trained_detector_is_in_eval_mode():
-    model = mask_mix.make_detector(common.resnet18(32, 16, 2), ([.4] * 3, [.25] * 3))
-    images, truth = mask_mix.draw_scenes(8, 96, 0)
-    assert not mask_mix.train_detector(model, images, truth, 1, 0, CPU, "x").training
