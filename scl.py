@@ -35,8 +35,8 @@ agree, and their product chooses the image's cluster for the steps that follow.
     z         z                2B x 128  embeddings of both views, of unit length
     M, m_j    memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
-    e         e                2B x N    similarity to each row of M (or to each view of the batch,
-                                         2B x 2B): exponentials, rows sum to 1
+    e         e                2B x N    exponentials: similarity to each row of M, or (2B x 2B)
+                                         to each view of the batch
     S         votes            2B x K    e, summed over the members of each cluster
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     on h
@@ -74,39 +74,49 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 # Anchors are the 2B views of the batch. Candidates are the same views for L_sem, and the N rows of
-#    the memory for votes. For each of the two, one product gives the cosines and one softmax gives
-#    e; the rest is read off e. The functions below have A anchors and J candidates m_j.
+#    the memory for pv. The functions below have A anchors and J candidates m_j.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
 # How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
-#    the other view is pulled and only other clusters are pushed. The anchor's row of the memory
-#    has no vote: it would vote for the cluster that the image already has.
+#    the other view is pulled and only other clusters are pushed. In the memory its own row has no
+#    vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
 #    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
 #    in spite of L_bal: a good start (D3) and votes by the mean (D5) matter more.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes.
-# What it costs: about four matrices 2B x N at once. With 1.2 million rows and 512 views each takes
-#    2.5 GB, so 10 GB: calculated. One GPU of 80 GB should hold about 8 million rows.
+# What it costs: e of the whole memory, 2B x N, is kept for the gradient. With 1.2 million rows and
+#    512 views it takes 2.5 GB: calculated.
 
 
 def exponentials(z, candidates, tau):
-    """e_ij = exp(s_ij / tau) / sum_l exp(s_il / tau),   s_ij = z_i . m_j
+    """e_ij = exp(z_i . m_j / tau)
 
-    z (A, 128) anchors, candidates (J, 128), rows of unit length. -> (A, J), rows sum to 1. The
-    divisor cancels in L_sem and in pv."""
-    return (z / tau @ candidates.t()).softmax(1)
+    z (A, 128) anchors, candidates m (J, 128), rows of unit length; tau .03 or more, which keeps
+    e^(1/tau) and sums of it finite. -> (A, J). Under autocast only the cosines are bfloat16."""
+    return (z / tau @ candidates.t()).to(z.dtype).exp()
 
 
-def cluster_votes(e, clusters, k, own=None):
+def cluster_votes(e, clusters, k):
+    """S_ik = sum_{j: c_j = k} e_ij
+
+    e (A, J), clusters c (J,) in 0..K-1, k: K. -> (A, K)"""
+    return e.new_zeros(len(e), k).index_add(1, clusters, e)
+
+
+def memory_votes(z, rows, memory, clusters, k, tau, piece=8192):
     """S_ik = sum_{j: c_j = k, j != o_i} e_ij
 
-    e (A, J), clusters c (J,) in 0..K-1, k: K. own o (A,): the memory row of the anchor's own image,
-    which has no vote; None: all vote. -> (A, K)"""
-    if own is not None:
-        e = e.scatter(1, own[:, None], 0)
-    return e.new_zeros(len(e), k).index_add(1, clusters, e)
+    z (2B, 128), both views of B images; memory (N, 128); rows o (B,), all different: where these
+    images stand in the memory. An image's own row has no vote for it. clusters c (N,), k: K.
+    -> (2B, K). The memory is read `piece` rows at a time: smaller arrays are faster."""
+    others = 1 - torch.eye(len(rows), dtype=z.dtype, device=z.device).repeat(2, 1)          # 2BxB
+    batch = cluster_votes(others * exponentials(z, memory[rows], tau), clusters[rows], k)
+    rest = clusters.index_fill(0, rows, k)     # here the batch votes for column k, which is cut off
+    votes = sum(cluster_votes(exponentials(z, m, tau), c, k + 1)
+                for m, c in zip(memory.split(piece), rest.split(piece)))
+    return votes[:, :k] + batch
 
 
 def semantic_contrastive_loss(e, votes, twin, clusters):
@@ -120,14 +130,10 @@ def semantic_contrastive_loss(e, votes, twin, clusters):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With one cluster it is 0. With a cluster for each image this is instance discrimination:
-    ln(A - 1) when all views of the batch are equally similar. Right for a tau of .03 or more, since
-    cosines differ by 2 at most: with less, e_i,t_i can be below the smallest float32, 1e-38. Then
-    it is set to that, and has no gradient."""
-    mine, smallest = clusters[twin][:, None], torch.finfo(e.dtype).tiny
+    ln(A - 1) when all views of the batch are equally similar."""
     pulled = e.gather(1, twin[:, None]).squeeze(1)                              # A
-    pushed = votes.scatter(1, mine, 0).sum(1)                                   # A
-    pulled, both = pulled.clamp(min=smallest), (pulled + pushed).clamp(min=smallest)
-    return (both.log() - pulled.log()).mean()
+    pushed = votes.scatter(1, clusters[twin][:, None], 0).sum(1)                # A
+    return ((pulled + pushed).log() - pulled.log()).mean()
 
 
 def visual_prediction(votes, clusters):
@@ -164,11 +170,11 @@ def balance_loss(logits):
 def update_memory(memory, rows, z, momentum):
     """m_i <- v / ||v||,   v = momentum m_i + (1 - momentum) z_i,   for i in rows
 
-    memory (N, 128) and z (B, 128), the mean of an image's two views, have rows of unit length;
-    rows (B,): where the images stand in the memory, all different. -> the new memory, without
-    gradient. Momentum 0 keeps the newest, 1 the oldest."""
+    memory (N, 128), changed in place, and z (B, 128), the mean of an image's two views, have rows
+    of unit length; rows (B,): where the images stand in the memory, all different. Momentum 0
+    keeps the newest, 1 the oldest. No gradient enters the memory."""
     mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
-    return memory.index_copy(0, rows, F.normalize(mixed, dim=1))
+    memory[rows] = F.normalize(mixed, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,16 +270,17 @@ def losses(z, logits, rows, memory, clusters, args):
     """The algorithm in one place. z (2B, 128) and logits (2B, K) of both views; rows (B,) of their
     images in the memory (N, 128); its clusters (N,), None in the warm-up and for the baseline.
     -> L, {its terms}, pv and ps (2B, K), None without clusters"""
-    b, k, rows = len(rows), logits.shape[1], torch.cat([rows, rows])            # 2B
+    b, k = len(rows), logits.shape[1]
     twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view; % b: the image
     alone = clusters is None or args.contrast == "instance"        # each image is its own cluster
-    c, count = (twin % b, b) if alone else (clusters[rows], k)     # of both views of an image: 2B
+    c, count = (twin % b, b) if alone else (clusters[rows].repeat(2), k)         # of both views: 2B
     e = exponentials(z, z, args.tau)                                            # 2Bx2B
     loss = semantic_contrastive_loss(e, cluster_votes(e, c, count), twin, c)
     terms = {"semantic": loss}
     if clusters is None:
         return loss, terms, None, None
-    votes = cluster_votes(exponentials(z, memory, args.memory_tau), clusters, k, rows)
+    with autocast(z.device):
+        votes = memory_votes(z, rows, memory, clusters, k, args.memory_tau)
     pv, ps = visual_prediction(votes, clusters), logits.softmax(1)              # 2BxK each
     if args.alpha:
         terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(logits)
@@ -363,7 +370,7 @@ def train(args):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
                 clusters = hand_over(net, images, index, memory, statistics, args)
             first, last = (0, warm) if epoch < warm else (warm, args.epochs)
-            steps, before = (last - first) * per_epoch, clusters
+            steps, before = (last - first) * per_epoch, copy.deepcopy(clusters)
             meter = Meter(f"scl, epoch {epoch + 1}", per_epoch)
             joint = torch.zeros(k * k, device=device)              # visual x boundary
             rng = generator(args.seed, epoch, "views")
@@ -380,10 +387,11 @@ def train(args):
                 meter.add(loss=loss, **terms)
                 if clusters is not None:
                     chosen, pair = consensus(pv, ps, args.alpha)
-                    clusters = clusters if args.frozen else clusters.index_copy(0, rows, chosen)
+                    if not args.frozen:
+                        clusters[rows] = chosen
                     joint.index_add_(0, pair, torch.ones_like(pair, dtype=joint.dtype))
                 mean_z = F.normalize(sum(z.detach().chunk(2)), dim=1)           # Bx128
-                memory = update_memory(memory, rows, mean_z, args.momentum)
+                update_memory(memory, rows, mean_z, args.momentum)
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
             if clusters is not None:                               # moved: changed in this epoch

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import common
 import scl
 
-LOSSES = (scl.exponentials, scl.cluster_votes, scl.semantic_contrastive_loss,
+LOSSES = (scl.exponentials, scl.cluster_votes, scl.memory_votes, scl.semantic_contrastive_loss,
           scl.visual_prediction, scl.consistency_loss, scl.balance_loss, scl.update_memory)
 
 
@@ -37,10 +37,10 @@ def contrast(z, memory, own, clusters, tau):
     return scl.semantic_contrastive_loss(e, votes, own, clusters)
 
 
-def looks(z, memory, clusters, k, tau, own=None):
+def looks(z, memory, clusters, k, tau):
     """pv from the embeddings."""
     e = scl.exponentials(z, memory, tau)
-    return scl.visual_prediction(scl.cluster_votes(e, clusters, k, own), clusters)
+    return scl.visual_prediction(scl.cluster_votes(e, clusters, k), clusters)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -119,27 +119,58 @@ def test_the_loss_is_exact_at_the_smallest_tau_that_the_flags_allow():
 def test_visual_prediction_is_the_printed_sum():
     z, memory, own, clusters = sample()
     sizes = torch.bincount(clusters).tolist()
-    for without in (None, own):
-        got = looks(z, memory, clusters, 3, .2, without)
-        for i, o in enumerate(own.tolist()):
-            e = [0. if without is not None and j == o else math.exp(z[i].dot(m).item() / .2)
-                 for j, m in enumerate(memory)]
-            mean = [sum(v for j, v in enumerate(e) if clusters[j] == c) / sizes[c]
-                    for c in range(3)]
-            assert torch.allclose(got[i], torch.tensor(mean, dtype=got.dtype) / sum(mean))
+    got = looks(z, memory, clusters, 3, .2)
+    for i in range(len(z)):
+        e = [math.exp(z[i].dot(m).item() / .2) for m in memory]
+        mean = [sum(v for j, v in enumerate(e) if clusters[j] == c) / sizes[c] for c in range(3)]
+        assert torch.allclose(got[i], torch.tensor(mean, dtype=got.dtype) / sum(mean))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 20, 8192])
+def test_votes_of_the_memory_are_the_printed_sum_in_pieces_of_any_size(piece):
+    z, memory, own, clusters = sample()
+    rows = own[:3]                                                  # 6 anchors: 3 images, two views
+    got = scl.memory_votes(z, rows, memory, clusters, 4, .2, piece)
+    for i, o in enumerate(rows.tolist() * 2):
+        expected = [0.] * 4
+        for j, m in enumerate(memory):
+            expected[clusters[j]] += math.exp(z[i].dot(m).item() / .2) * (j != o)
+        assert torch.allclose(got[i], torch.tensor(expected, dtype=got.dtype))
+
+
+def test_votes_of_the_memory_are_finite_at_the_smallest_tau_that_the_flags_allow():
+    z = torch.eye(4)[[0, 0]].requires_grad_()
+    memory = torch.cat([torch.eye(4)[[0] * 30], -torch.eye(4)[[0] * 30]])     # as near and far as
+    votes = scl.memory_votes(z, torch.tensor([0]), memory,                    # it gets
+                             (torch.arange(60) >= 30).long(), 2, .03)
+    assert torch.allclose(votes[0], torch.tensor([29 * math.exp(1 / .03), 30 * math.exp(-1 / .03)]))
+    votes.log().sum().backward()
+    assert z.grad.isfinite().all()
+
+
+def test_under_autocast_only_the_cosines_of_the_memory_lose_digits():
+    z, memory, own, clusters = (t.float() if t.is_floating_point() else t for t in
+                                sample(64, 500, dim=128))
+    exact = scl.memory_votes(z, own[:32], memory, clusters, 3, .1)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = scl.memory_votes(z, own[:32], memory, clusters, 3, .1)
+    assert fast.dtype == torch.float32 and not torch.equal(fast, exact)
+    assert torch.allclose(fast, exact, rtol=.005)       # a sum in bfloat16 would be off by far more
 
 
 def test_an_empty_cluster_gets_nothing_and_the_others_sum_to_one():
     z, memory, own, clusters = sample(k=3)
-    p = looks(z, memory, clusters, 7, .1, own)
+    p = looks(z, memory, clusters, 7, .1)
     assert torch.allclose(p.sum(1), torch.ones(len(p), dtype=p.dtype))
     assert (p[:, 3:] == 0).all()
 
 
 def test_an_image_has_no_vote_on_its_own_cluster():
     memory = torch.eye(3)[[0, 0, 1]]
-    p = looks(memory[:1], memory, torch.tensor([0, 2, 1]), 3, .1, own=torch.tensor([0]))
-    assert p.argmax().item() == 2 and p[0, 0] == 0
+    clusters = torch.tensor([0, 2, 1])
+    votes = scl.memory_votes(memory[[0, 0]], torch.tensor([0]), memory, clusters, 3, .1)
+    p = scl.visual_prediction(votes, clusters)
+    assert (p.argmax(1) == 2).all() and (p[:, 0] == 0).all()
 
 
 def test_a_large_cluster_does_not_win_for_being_large():
@@ -204,7 +235,8 @@ def test_balance_has_a_finite_gradient_when_all_images_are_sure_of_one_cluster(g
 
 def all_losses(z, memory, own, clusters, logits, k):
     e = scl.exponentials(z, memory, .1)
-    pv = scl.visual_prediction(scl.cluster_votes(e, clusters, k, own), clusters)
+    pv = scl.visual_prediction(
+        scl.memory_votes(z, own[:len(z) // 2], memory, clusters, k, .1), clusters)
     votes = scl.cluster_votes(e, clusters, k)
     return torch.stack([scl.semantic_contrastive_loss(e, votes, own, clusters),
                         scl.consistency_loss(pv, logits.softmax(1)), scl.balance_loss(logits)])
@@ -220,7 +252,8 @@ def test_permuting_cluster_ids_changes_nothing():
 def test_permuting_anchors_and_candidates_changes_nothing():
     z, memory, own, clusters = sample(k=4)
     logits = gaussian(len(own), 4)
-    rows, columns = torch.randperm(len(own)), torch.randperm(len(clusters))
+    images, columns = torch.randperm(len(own) // 2), torch.randperm(len(clusters))
+    rows = torch.cat([images, images + len(images)])                # both views of each
     now = columns.argsort()                                         # where a candidate went
     permuted = all_losses(z[rows], memory[columns], now[own[rows]], clusters[columns],
                           logits[rows], 4)
@@ -237,7 +270,7 @@ def test_gradients_are_those_of_the_formulas():
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_losses_and_gradients_are_finite_at_extreme_inputs(scale):
     z, memory, own, clusters = sample()
-    z = (z.float() * scale).requires_grad_()
+    z = z.float().requires_grad_()                                  # always of unit length
     logits = (gaussian(len(own), 3).float() * scale).requires_grad_()
     losses = all_losses(z, memory.float(), own, clusters, logits, 3)
     losses.sum().backward()
@@ -246,16 +279,19 @@ def test_losses_and_gradients_are_finite_at_extreme_inputs(scale):
 
 @pytest.mark.parametrize("function", LOSSES, ids=lambda f: f.__name__)
 def test_each_function_runs_when_pasted_alone(function):
-    alone = {"torch": torch, "F": F, "math": math}
+    alone = {"torch": torch, "F": F, "math": math, "exponentials": scl.exponentials,
+             "cluster_votes": scl.cluster_votes}
     exec(inspect.getsource(function), alone)
     z, memory, own, clusters = sample()
     e = scl.exponentials(z, memory, .1)
     votes = scl.cluster_votes(e, clusters, 3)
-    given = {"exponentials": (z, memory, .1), "cluster_votes": (e, clusters, 3, own),
+    given = {"exponentials": (z, memory, .1), "cluster_votes": (e, clusters, 3),
+             "memory_votes": (z, own[:3], memory, clusters, 3, .1),
              "semantic_contrastive_loss": (e, votes, own, clusters),
              "visual_prediction": (votes, clusters), "consistency_loss": (e, e),
              "balance_loss": (e,), "update_memory": (memory, own, z, .5)}[function.__name__]
-    assert torch.equal(alone[function.__name__](*given), function(*given))
+    results = alone[function.__name__](*given), function(*given)
+    assert results == (None, None) or torch.equal(*results)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -314,7 +350,8 @@ def test_without_the_consistency_condition_the_classifier_learns_nothing():
 
 def test_memory_rows_stay_unit_and_only_the_rows_of_the_batch_change():
     memory, z = (F.normalize(gaussian(n, 5), dim=1) for n in (9, 3))
-    new = scl.update_memory(memory, torch.tensor([7, 2, 4]), z, .5)
+    new = memory.clone()
+    scl.update_memory(new, torch.tensor([7, 2, 4]), z, .5)
     assert torch.allclose(new.norm(dim=1), torch.ones(9, dtype=new.dtype))
     untouched = [0, 1, 3, 5, 6, 8]
     assert torch.equal(new[untouched], memory[untouched])
@@ -322,15 +359,18 @@ def test_memory_rows_stay_unit_and_only_the_rows_of_the_batch_change():
 
 
 def test_momentum_zero_keeps_the_newest_and_one_the_oldest_embedding():
-    memory, z = torch.eye(3), torch.eye(3).roll(1, 0)
-    rows = torch.arange(3)
-    assert torch.equal(scl.update_memory(memory, rows, z, 0.), z)
-    assert torch.equal(scl.update_memory(memory, rows, z, 1.), memory)
+    old, z = torch.eye(3), torch.eye(3).roll(1, 0)
+    for momentum, expected in (0., z), (1., old):
+        memory = old.clone()
+        scl.update_memory(memory, torch.arange(3), z, momentum)
+        assert torch.equal(memory, expected)
 
 
 def test_the_memory_carries_no_gradient():
     z = F.normalize(torch.randn(2, 3), dim=1).requires_grad_()
-    assert not scl.update_memory(torch.eye(3), torch.tensor([0, 1]), z, .5).requires_grad
+    memory = torch.eye(3)
+    scl.update_memory(memory, torch.tensor([0, 1]), z, .5)
+    assert not memory.requires_grad
 
 
 def test_a_fitted_classifier_votes_for_the_clusters_it_was_given():

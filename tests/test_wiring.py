@@ -303,7 +303,7 @@ def test_pv_is_voted_on_by_the_memory_but_not_by_the_images_own_row():
     for i, own in enumerate([7, 2, 4, 9] * 2):
         e = [math.exp(z[i] @ m / .3) * (j != own) for j, m in enumerate(memory)]
         mean = torch.tensor([sum(e[c::3]) / 4 for c in range(3)])
-        assert torch.allclose(pv[i], mean / mean.sum(), atol=1e-5)
+        assert torch.allclose(pv[i], mean / mean.sum(), atol=2e-3)  # bfloat16 cosines
 
 
 def test_the_instance_contrast_has_no_clusters_in_l_sem():
@@ -321,7 +321,7 @@ def test_a_run_of_scl_keeps_its_memory_and_chooses_its_clusters_anew(
 
     def spy(z, logits, rows, memory, clusters, args):
         out = losses(z, logits, rows, memory, clusters, args)
-        steps.append((z.detach(), rows, clusters, *out[2:]))
+        steps.append((z.detach(), rows, copy.deepcopy(clusters), *out[2:]))
         return out
     monkeypatch.setattr(scl, "losses", spy)
     monkeypatch.setattr(scl, "update_memory", lambda *a: updates.append(a) or update(*a))
