@@ -31,6 +31,7 @@ import socket
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -130,11 +131,12 @@ class Parser(argparse.ArgumentParser):
         add("--epochs", type=number(int, 1), default=epochs, help="passes over the images")
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="continue the run in that folder")
-        add = self.add_argument_group("where and on what").add_argument
+        group = self.add_argument_group("where and on what")
+        add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
         add("--data-dir", default="data", help="downloads, decoded images; where ImageNet is")
         add("--classes", metavar="FILE", help="the class folders to keep, a name a line")
-        add("--unlabelled", action="store_true", help="folders (e.g. years) are no classes")
-        add("--labelled", action="store_true", help="leave out images beside class folders")
+        either("--unlabelled", action="store_true", help="folders (e.g. years) are no classes")
+        either("--labelled", action="store_true", help="leave out images beside class folders")
         add("--image-size", type=number(int, 8, 1024), help="side in pixels; else the dataset's")
         add("--fit", choices=("crop", "pad", "squeeze"), default="crop", help="how to get a square")
         add("--train-size", type=number(int, 2), help="learn from so many, equally of each class")
@@ -304,6 +306,7 @@ def load_dataset(name, data_dir="data", image_size=None, **options):
     else:
         near = difflib.get_close_matches(name.lower(), NAMES, 1)
         near = f" did you mean {near[0]}?" if near else ""
+        near = " that is a file, not a folder." if os.path.isfile(folder) else near
         raise UserError(f"--dataset {one_line(name)}:{near} It is one of {', '.join(NAMES)}, or "
                         f"the path of a folder of images")
     return data._replace(fingerprint=look_over(data))
@@ -465,7 +468,8 @@ def prepare(args, defaults, **options):
     clusters = args.clusters or len(data.classes)
     for flag, value in (("--batch-size", args.batch_size), ("--clusters", clusters)):
         if value and value > len(index):
-            raise UserError(f"{flag} {value}: there are only {len(index):,} training images")
+            raise UserError(f"{flag} {value}: there are only {len(index):,} training images, give "
+                            f"{flag} {len(index)} or less")
     return device, data, index, clusters
 
 
@@ -528,15 +532,17 @@ SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))   # EXIF orientation
-MAX_PIXELS = 100_000_000                  # a larger picture is refused: a small file can be huge
+MAX_PIXELS = 100_000_000                  # larger ones are refused, as a small file can be huge; a
+                                          # JPEG is not: it is decoded at a fraction of its size
 Image.MAX_IMAGE_PIXELS = None             # so Pillow need not warn
+warnings.filterwarnings("ignore", module="PIL")                    # of damaged EXIF data
 
 
 def find_files(root, skip):
     """All image files below root, each as a tuple of names below root, sorted. skip: folders that
     are not data. Links to folders come last, so that a folder found twice has its real name."""
     skip = {os.path.realpath(path) for path in skip}
-    files, others, seen, folders, links = [], Counter(), {*skip}, [((), root)], []
+    files, others, seen, folders, links, opened = [], Counter(), {*skip}, [((), root)], [], []
     while folders or links:
         parts, place = (folders or links).pop()
         real = os.path.realpath(place)
@@ -551,9 +557,10 @@ def find_files(root, skip):
         except OSError as error:
             print(f"  left out, cannot be opened: {one_line(error)}")
             continue
-        if parts and {"log.jsonl", "clusters.csv"} & {entry.name for entry in entries}:
+        if parts and {"log.jsonl", "checkpoint.pt", "clusters.csv"} & {e.name for e in entries}:
             print(f"  left out, holds a run: {one_line(place)}")
             continue
+        opened.append(parts)
         for entry in entries:
             inner = (*parts, entry.name)
             if entry.name[0] == "." or entry.name.lower() in SYSTEM:
@@ -563,13 +570,25 @@ def find_files(root, skip):
             elif Path(entry.name).suffix.lower() in ENDINGS and (  # not a pipe, which would block
                     os.path.isfile(entry.path) or not os.path.exists(entry.path)):
                 files.append(inner)
+            elif not os.path.exists(entry.path):
+                print(f"  left out, a link to nothing: {one_line(entry.path)}")
             else:
                 others[Path(entry.name).suffix.lower() or "without"] += 1
     if others:
         endings = ", ".join(f"{n:,} {one_line(ending)}" for ending, n in others.most_common(6))
         more = ", ..." * (len(others) > 6)
         print(f"  left out, not images by their ending: {others.total():,} ({endings}{more})")
+    full = {file[:i] for file in files for i in range(len(file))} | {()}
+    bare = [parts for parts in opened if parts not in full and parts[:-1] in full]
+    if bare:
+        names = one_line(", ".join(os.sep.join(parts) for parts in sorted(bare)[:6]))
+        print(f"  folders without images: {len(bare):,} ({names}{', ...' * (len(bare) > 6)})")
     return sorted(files)
+
+
+def role(folder):
+    """'train', 'test' or 'val' for a folder of such a name, else None"""
+    return SPLITS.get(folder.strip().lower())
 
 
 def shared_depth(files, depth=0, known=()):
@@ -596,17 +615,19 @@ def class_of(files, depth, labelled, known):
     return {f: f[depth] if classes else None for f in files}
 
 
-def layout(root, every, files, labelled, known):
-    """What each readable file is, by the rules above. every: all files, also unreadable ones.
+def layout(root, files, labelled, known):
+    """What each readable file below root is, by the rules above.
     -> {file: (split, class or None)}, without those that are left out"""
     depth = shared_depth(files, 0, known)
     tops = sorted({f[depth] for f in files if len(f) > depth + 1})
-    role_of = {top: SPLITS.get(top.lower()) for top in tops}
-    named = [top for top, role in role_of.items() if role]
+    role_of = {top: role(top) for top in tops}
+    named = [top for top in tops if role_of[top]]
+    alike = [top for top in tops if SPLITS.keys() & re.findall("[a-z]+", top.lower())]
     for i, part in enumerate(files[0][:depth]):                    # into test, beside train?
-        if SPLITS.get(part.lower(), "train") != "train" and \
-                any(SPLITS.get(f[i].lower()) == "train" for f in every if len(f) > i + 1):
-            raise UserError(f"{one_line(root)}: no image of its train folder can be read")
+        with contextlib.suppress(OSError):
+            if role(part) in ("test", "val") and \
+                    "train" in map(role, os.listdir(os.path.join(root, *files[0][:i]))):
+                raise UserError(f"{one_line(root)}: no image of its train folder can be read")
     groups = {"train": files}
     if named and named == tops:
         groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
@@ -620,22 +641,25 @@ def layout(root, every, files, labelled, known):
     elif named:
         print(f"  taken as classes, not as splits, since other folders lie there too: "
               f"{', '.join(named)}")
+    elif len(alike) > 1 and any("train" in top.lower() for top in alike):
+        print(f"  taken as classes, not as splits, which are folders named train, test or val: "
+              f"{', '.join(alike)}")
     classes, chosen = class_of(groups["train"], depth, labelled, known), None
     names = set(classes.values()) - {None}
     if len(names) == 1:
         print(f"  all training images are in one folder, {one_line(*names)}: that is no label")
         classes, names = dict.fromkeys(classes), set()
     deeper = {part for f, label in classes.items() if names
-              for part in f[f.index(label, depth) + 1:-1] if part.lower() in SPLITS}
+              for part in f[f.index(label, depth) + 1:-1] if role(part)}
     if deeper:                             # cats/train, cats/test, dogs/train, ...
         print(f"  inside class folders, not taken as splits: {', '.join(sorted(deeper))}")
     found = {f: ("train", label) for f, label in classes.items()}
-    for role in [role for role in ("test", "val") if role in groups]:
-        inner = class_of(groups[role], depth, labelled or bool(names), names)
-        where, has = groups[role][0][depth - 1], set(inner.values()) != {None}
+    for split in [split for split in ("test", "val") if split in groups]:
+        inner = class_of(groups[split], depth, labelled or bool(names), names)
+        where, has = groups[split][0][depth - 1], set(inner.values()) != {None}
         if chosen or (names and not has):
             why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
-            print(f"  left out, {where}: {len(groups[role]):,} images: {why}")
+            print(f"  left out, {where}: {len(groups[split]):,} images: {why}")
             continue
         strange = sorted(set(inner.values()) - names) if names else ()
         chosen = where if set(inner.values()) - set(strange) else None
@@ -652,7 +676,9 @@ def wanted_classes(files, lines, source):
     """The names of folders of files that lines begin with. What follows a name is ignored."""
     folders = {part for f in files for part in f[:-1]}
     lines = [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
-    names = {line if line in folders else line.split()[0] for line in lines}
+    other_case = {folder.lower() for folder in folders}            # is missing, then
+    names = {line if line in folders or line.lower() in other_case else line.split()[0]
+             for line in lines}
     missing = ", ".join(one_line(name) for name in sorted(names - folders))
     if not names:
         raise UserError(f"{one_line(source)} names no class")
@@ -684,7 +710,7 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     skip = [p for p in (out, data_dir) if p and root in Path(os.path.realpath(p)).parents]
     files = find_files(root, skip)
     if name:                               # another built-in set may lie in ImageNet's folder
-        files = [f for f in files if f[0].lower() in SPLITS]
+        files = [f for f in files if role(f[0])]
     only = read_lines(classes) if classes else only
     # Tiny-ImageNet's validation images are seen as if they lay in the folders of their classes;
     # accents, which Unicode writes in two ways, in one way.
@@ -702,12 +728,11 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in root.name)
     name = name or plain[:60] or "folder"  # file systems allow 255 bytes, with all that is added
     kept = read_files(name, root, files, data_dir, size, **options)
-    every = [seen(f) for f in files]
-    good = [every[i] for i in kept["good"]]
+    good = [seen(files[i]) for i in kept["good"]]
     if not good:
         raise UserError(f"{one_line(root)}: none of its image files can be read")
     found = {f: ("train", None) for f in good} if unlabelled else \
-        layout(root, every, good, labelled, known)
+        layout(root, good, labelled, known)
     names = sorted({label for _, label in found.values()} - {None})
     if only and set(names) - known:
         raise UserError(f"{one_line(classes or name)}: some folders that it names are not classes; "
@@ -737,7 +762,7 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
     # The key changes with every change that `stat` can see, also when two files swap their names.
     paths = [os.path.join(root, *f) for f in files]
     about = [size, fit, network and network[0], decoding]
-    digest = hashlib.sha256(repr(about).encode())
+    digest = hashlib.sha256(f"2{about}".encode())                  # 2: the version of decode()
     for file, path in zip(files, paths):
         with contextlib.suppress(OSError):
             s = os.stat(path)
@@ -789,10 +814,12 @@ def levels(image, path):
 
 def look(path):
     """-> (width, height, some levels of an image of more than 8 bits, some visible levels of a
-    transparent image), or None for a file that cannot be read"""
+    transparent image, what will be lost of it), or None for a file that cannot be read"""
     try:
         with Image.open(path) as image:
             deep, visible, fits = [], [], image.width * image.height <= MAX_PIXELS
+            sixteen = ";16" in str(image.tile)
+            several = getattr(image, "is_animated", False) and image.format != "MPO"
             full = levels(image, path) if fits else None
             if full is not None:
                 deep = full[np.isfinite(full)]
@@ -801,7 +828,9 @@ def look(path):
                 visible = grey[alpha > 127] if alpha.min() < 255 else []
             some = [x[np.random.default_rng(0).integers(len(x), size=1000)] if len(x) else []
                     for x in (deep, visible)]
-            return *image.size, *some
+            lost = ["the lower 8 of 16 bits of colour"] * (sixteen and full is None) + \
+                ["all pages or frames but the first"] * several
+            return *image.size, *some, lost
     except Exception:                                              # Pillow raises many kinds
         return None
 
@@ -811,11 +840,13 @@ def decode(path, size, fit, grey, ground):
     of images of more than 8 bits that become 0 and 255; ground: the level behind transparency."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} x {image.height} pixels are too many"
             image.draft("RGB", (size, size))                       # JPEG: decode near the target
-            deep, square = levels(image, path), (size, size)
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}"
+            deep, square, turn = levels(image, path), (size, size), None
+            image.load()                   # now, since Pillow then turns a TIFF itself
+            with contextlib.suppress(Exception):                   # a broken EXIF block
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             if deep is not None:
                 low, high = grey or (0, 65535)                     # None: no level was finite
                 deep = np.nan_to_num((deep - low) / (high - low) * 255, nan=0, posinf=255, neginf=0)
@@ -832,7 +863,7 @@ def decode(path, size, fit, grey, ground):
                 image = to[fit](image, square, Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except UnidentifiedImageError:
-        return "not an image or broken"
+        return "broken, or of a kind that is not read"
     except Exception as error:
         return one_line(error)
 
@@ -844,7 +875,7 @@ def decode_all(name, paths, size, fit, decoding, network):
     lines, started = [], time.time()
     images, features, good, bad = [], [], [], []
     with ThreadPoolExecutor() as pool:
-        seen = [s for s in pool.map(look, paths) if s] or [(32, 32, [], [])]
+        seen = [s for s in pool.map(look, paths) if s] or [(32, 32, [], [], [])]
         # Their own size where it is small and the same for all, else one that fits the median.
         if size is None:
             width, height = seen[0][:2]
@@ -867,6 +898,8 @@ def decode_all(name, paths, size, fit, decoding, network):
             if ground is None:     # the level that the fewest visible pixels are near to
                 ground = min((255, 0, 128, 64, 192), key=lambda g: (abs(visible - g) < 48).sum())
             lines.append(f"transparent images lie on the grey level {ground} (255 is white)")
+        for what, n in Counter(what for s in seen for what in s[4]).items():
+            lines.append(f"lost, in {n:,} images: {what}")
         how = {"size": size, "fit": fit, "grey": grey, "ground": ground}
         print(f"  decoding {len(paths):,} images to {size} x {size} px, once")
         for start in range(0, len(paths), 512):                    # in parts: Ctrl-C is heard
@@ -1076,6 +1109,7 @@ class Meter:
 # ------------------------------------------------------------------------------------------------
 # 8. Evaluation, the same for all four. Labels are used here (and by --train-size), by no loss.
 
+@torch.compiler.set_stance("force_eager")                          # --compile is for training
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
     """network on un-augmented images in eval mode; its own mode is restored afterwards.
@@ -1380,6 +1414,8 @@ def load_checked(path, older=False):
         state = torch.load(path, map_location="cpu", weights_only=True)
         check(state)
         return state
+    except pickle.UnpicklingError:
+        raise Damaged(f"{one_line(path)}: not a file of tensors") from None
     except Exception as error:                                     # a pickle can raise anything
         raise Damaged(f"{one_line(path)}: {one_line(error)}") from None
 
@@ -1662,18 +1698,23 @@ def save_clusters(folder, data, found, clusters):
 
 
 def save_sheets(folder, data, found, clusters):
-    """sheets/cluster-*.png, the hundred most confident training images of each cluster, or all that
-    it has, and summary.txt, how balanced and how confident the clusters are."""
-    sure, lines = found.train_confidence, ["cluster  images   share  mean confidence"]
-    size = torch.bincount(found.train, minlength=clusters)
+    """sheets/cluster-*.png, the hundred most confident images of each cluster, or all that it has,
+    and summary.txt, how balanced and how confident the clusters are. Test images are among them."""
+    train, lines = data.train.images, ["cluster  images   share  mean confidence"]
+    sure, cluster = found.train_confidence, found.train
+    if data.has_test:
+        sure, cluster = torch.cat([sure, found.test_confidence]), torch.cat([cluster, found.test])
+    size = torch.bincount(cluster, minlength=clusters)
     share = size / size.sum()
     (folder / "sheets").mkdir(exist_ok=True)
     for c in range(clusters):
-        best = surest(found.train, sure, c)
+        best = surest(cluster, sure, c)
         mean = f"{sure[best].mean():.2f}" if len(best) else "-"
         lines.append(f"{c:7}{len(best):8,}{share[c]:8.1%}{mean:>17}")
         if len(best):
-            picture = grid(data.train.images[best[:100]], min(10, len(best)), 96)
+            shown = [(train[i] if i < len(train) else data.test.images[i - len(train)])
+                     for i in best[:100].tolist()]
+            picture = grid(torch.stack(shown), min(10, len(best)), 96)
             save_picture(folder / "sheets" / f"cluster-{c:03}.png", picture)
     lines += ["", f"Balance: of {len(sure):,} images the largest cluster holds {share.max():.0%}, "
               f"the smallest {share.min():.1%}; {(size == 0).sum()} of {clusters} are empty.",

@@ -114,10 +114,11 @@ def mixed_regression_loss(p, t, lam, partner):
 @torch.no_grad()
 def ema_update(target, online, m):
     """target <- m target + (1 - m) online, for every parameter of the target. Its buffers are left
-    alone: the target's BatchNorm keeps statistics of its own. The target has no q: in `online` q
-    stands last, so that zip stops before it."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.lerp_(new, 1 - m)
+    alone: the target's BatchNorm keeps statistics of its own. The target has no q, which stands
+    last in `online`."""
+    old = list(target.parameters())
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(m)
+    average(old, list(online.parameters())[:len(old)], None)
 
 
 # ------------------------------------------------------------------------------------------------

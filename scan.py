@@ -64,6 +64,7 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -227,9 +228,8 @@ def load_weights(path, model, last=""):
     try:
         tensors = flat(load_checked(path, older=True))
     except (OSError, Damaged) as error:
-        raise UserError(f"{one_line(path)}: {one_line(error)} (if it holds more than tensors and "
-                        f"you trust it, load it with weights_only=False and save its state_dict)"
-                        ) from None
+        raise UserError(f"{one_line(error)} (if it holds more than tensors and you trust it, load "
+                        f"it with weights_only=False and save its state_dict)") from None
     own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     first, tops = next(iter(own)), {k.split(".")[0] for k in own}
     prefix = max([k.removesuffix(first) for k in tensors if k.endswith(first)] or [""],
@@ -349,7 +349,8 @@ def cutout(x, longest, rng):
     v, u = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     rows = (v >= top) & (v < top + 2 * half)                                    # BxH
     columns = (u >= left) & (u < left + 2 * half)                               # BxW
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    hidden = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(hidden, 0, x)      # unlike masked_fill, it keeps the memory order of x
 
 
 def make_views(args, size, statistics):
@@ -446,9 +447,13 @@ def parse(argv=None):
     args = parser.parse(argv, FROZEN if frozen else DEFAULTS)
     if args.weights and not frozen:
         parser.error("--weights needs --pretext with the name of a model of torchvision")
-    for flag in ("resume", "clusters", "image_size"):
-        if args.assign and getattr(args, flag):
-            parser.error(f"--assign and --{flag.replace('_', '-')} exclude each other")
+    given = {part.split("=")[0] for part in (sys.argv[1:] if argv is None else argv)}
+    free = "--assign --dataset --data-dir --out --device --classes --labelled --unlabelled".split()
+    useless = sorted(part for part in given if part.startswith("--") and part not in free)
+    if args.assign and useless:
+        parser.error(f"--assign and {useless[0]} exclude each other")
+    if args.assign and "--dataset" not in given:
+        parser.error("--assign needs --dataset, the new images")
     return args
 
 
@@ -482,7 +487,7 @@ def pretext(args, run, backbone, images, views, device):
         args.optimizer]
     optimizer = kind(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True, **more)
     enter(run, "pretext", net, optimizer)
-    forward = torch.compile(net) if args.compile else net
+    forward = torch.compile(net, dynamic=False) if args.compile else net
     index, per_epoch = torch.arange(len(images)), len(images) // args.batch_size
 
     def two(x, rng):
@@ -560,7 +565,7 @@ def cluster(args, run, net, neighbours, notes, pairs, logits_of, labels):
     state = enter(run, "cluster", net, optimizer, neighbours=neighbours, notes=notes,
                   best=[math.inf, 0, 0, {}])
     neighbours, notes, best = state["neighbours"], state["notes"], Best(*state["best"])
-    forward = torch.compile(net) if args.compile else net
+    forward = torch.compile(net, dynamic=False) if args.compile else net
     n, batch = len(neighbours), min(args.cluster_batch, len(neighbours))
     device = next(net.parameters()).device
     began = 0 if args.pretext else args.epochs                     # run.epoch counts all steps
@@ -618,7 +623,7 @@ def self_label(args, run, net, notes, images, labels, views, device):
     state = enter(run, "self-label", net, optimizer, notes=notes,
                   start=copy.deepcopy(net.state_dict()))
     notes, start = state["notes"], state["start"]
-    forward = torch.compile(net) if args.compile else net
+    forward = torch.compile(net, dynamic=False) if args.compile else net
     n, batch = len(images), min(args.self_label_batch, len(images))
     began = (0 if args.pretext else args.epochs) + args.cluster_epochs
     last = 0 if notes["left_out"] else args.self_label_epochs
@@ -877,7 +882,8 @@ def assign(args):
         net.load_state_dict(model["net"], strict=True)
         statistics, decoding, names = model["statistics"], model["decoding"], model["map"]
     except (OSError, Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--assign {one_line(args.assign)}: {one_line(error)}") from None
+        why = one_line(error) if file.exists() else "no finished run of scan.py is there"
+        raise UserError(f"--assign {one_line(args.assign)}: {why}") from None
     key = f"assign-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     name, size, *_, clusters = model["build"]
     # Our own ResNet, unlike a model of torchvision, does not resize images.

@@ -226,7 +226,7 @@ def fit_classifier(classifier, h, clusters):
 def hand_over(net, images, index, memory, statistics, args):
     """After the warm-up: W is fitted (D4). -> the first clusters (N,) (D3)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
-    seen = images[index.to(images.device)]
+    seen = images if len(index) == len(images) else images[index.to(images.device)]
     h = embed(net.backbone, seen, statistics, memory.device)       # un-augmented, in eval mode
     fit_classifier(net.classifier, h, clusters)
     return clusters
@@ -280,7 +280,8 @@ def losses(z, logits, rows, memory, clusters, args):
     if clusters is None:
         return loss, terms, None, None
     with autocast(z.device):
-        votes = memory_votes(z, rows, memory, clusters, k, args.memory_tau)
+        votes = memory_votes(z, rows, memory, clusters, k, args.memory_tau,
+                             65536 if z.is_cuda else 8192)
     pv, ps = visual_prediction(votes, clusters), logits.softmax(1)              # 2BxK each
     if args.alpha:
         terms["consistency"], terms["balance"] = consistency_loss(pv, ps), balance_loss(logits)
@@ -383,7 +384,9 @@ def train(args):
                 loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, args)
                 optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                if clusters is None or not args.alpha:             # W has no part in the loss: then
+                    net.classifier.zero_grad()                     # --compile gives it gradient 0,
+                optimizer.step()                                   # and Adam would move it
                 meter.add(loss=loss, **terms)
                 if clusters is not None:
                     chosen, pair = consensus(pv, ps, args.alpha)

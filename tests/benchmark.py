@@ -104,18 +104,18 @@ def check(name, args, device):
 
 
 def rate(work, images, device, seconds=2.):
-    """Median images/s of work(), called until `seconds` have passed, after two calls of warm-up."""
+    """Mean images/s of work(), called for `seconds`, after two calls of warm-up. Not the median,
+    which leaves out what slows a machine now and then: an epoch of a script has to count it."""
     def once():
-        began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return images / (time.perf_counter() - began)
     once(), once()
-    stop, rates = time.perf_counter() + seconds, []
-    while time.perf_counter() < stop or len(rates) < 3:
-        rates.append(once())
-    return statistics.median(rates)
+    began, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() < began + seconds:
+        once()
+        calls += 1
+    return calls * images / (time.perf_counter() - began)
 
 
 def bare_step(step, state, batch, size, device):
@@ -237,7 +237,8 @@ def run(name, flags, args):
 def rows(parts):
     """The markdown of all that is known."""
     head = ["step", "images/s", "bare network", "ratio", "TFLOP/s", "batch", "seconds an epoch",
-            "with `--compile`", "seconds to compile", "epochs until that pays", "GiB, batch 512"]
+            "with `--compile`", "seconds more in its first epoch", "epochs until that pays",
+            "GiB, batch 512"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in SCRIPTS:
         checked = (parts.get(f"check-{name}") or {}).get("steps", {})

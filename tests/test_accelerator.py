@@ -145,7 +145,7 @@ def test_a_run_serves_detection_clustering_and_other_images_on_the_device(device
     mask_mix.main(["--detect", f"{tmp_path}/a"])
     scan.main(["--out", f"{tmp_path}/b", *FLAGS["scan"].format(1).split(),
                "--pretext", f"{tmp_path}/a/backbone.pt"])
-    scan.main(["--assign", f"{tmp_path}/b", "--out", f"{tmp_path}/c"])
+    scan.main(["--assign", f"{tmp_path}/b", "--dataset", "shapes", "--out", f"{tmp_path}/c"])
     assert (tmp_path / "a/detection.json").exists() and (tmp_path / "c/clusters.csv").exists()
 
 

@@ -161,7 +161,8 @@ def test_an_empty_value_or_a_nul_is_refused_by_name(script, flag, value, refused
 @pytest.mark.parametrize("script, flag", TEXTS)
 def test_a_tilde_is_the_home_folder(script, flag, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    others = {"--weights": ["--pretext=resnet50"], "--against": ["--detect=x"]}.get(flag, [])
+    others = {"--weights": ["--pretext=resnet50"], "--against": ["--detect=x"],
+              "--assign": ["--dataset=x"]}.get(flag, [])
     args = importlib.import_module(script).parse([f"{flag}=~/x y", *others])
     assert getattr(args, flag.lstrip("-").replace("-", "_")) == f"{tmp_path}/x y"
 
@@ -420,9 +421,20 @@ def test_a_folder_may_be_called_as_a_built_in_set(name, classes, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["dataset"] == name
 
 
-@pytest.mark.parametrize("flag", [["--clusters", "3"], ["--image-size", "32"], ["--resume"]])
+@pytest.mark.parametrize("flag", [["--clusters", "3"], ["--image-size", "32"], ["--resume"],
+                                  ["--fit", "pad"], ["--pretext", "resnet50"], ["--seed=0"]])
 def test_assign_takes_nothing_that_the_run_decides(flag, refused, tmp_path):
-    assert flag[0] in refused("scan", "--assign", tmp_path, "--dataset", tmp_path, *flag)
+    err = refused("scan", "--assign", tmp_path, "--dataset", tmp_path, *flag)
+    assert f"--assign and {flag[0].split('=')[0]} exclude" in err
+
+
+def test_assign_needs_to_be_told_which_images(refused, tmp_path):
+    assert "--assign needs --dataset" in refused("scan", "--assign", tmp_path)
+
+
+def test_folders_cannot_be_classes_and_no_classes(refused, tmp_path):
+    assert "not allowed with" in refused("scl", "--dataset", pictures(tmp_path / "pets"),
+                                         "--unlabelled", "--labelled")
 
 
 def test_a_second_or_an_interrupted_assign_is_not_sent_to_resume(complete, refused, tmp_path,

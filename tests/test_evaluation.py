@@ -495,6 +495,14 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_written(flags, 
         assert (device, same, len(index), clusters) == (CPU, data, 120, 4)
 
 
+def test_embed_compiles_nothing():
+    def backend(*_):
+        raise AssertionError("compiled")
+    net, statistics = small_net(), (torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    net.compile(backend=backend)
+    assert common.embed(net, images(), statistics, CPU).shape == (40, 8)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_embed_gives_the_network_back_in_its_own_mode(training):
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)).train(training)

@@ -90,10 +90,13 @@ LAYOUTS = """
   cat/Train=1 cat/val=1 dog/Train=2 dog/val=1               | *        |       | splits&Train&val
   * cat/a.txt b.pdf                                         | *        |       | 2 (1 .pdf, 1 .txt)
   * cat/a.heic cat/b.HEIC dog/LICENSE                       | *      |     | 3 (2 .heic, 1 without)
+  * emu/a.heic owl/old=0                                    | *      |     | without images: 2&emu, owl
   * cat/more.png=1 dog/none.jpg=0                           | cat=3 dog=3
 
   net=2 test=3 racket=2                                     | net=2 racket=2 test=3 | | test&class
   Training=2 VAL=2 none=3                                   | same |         | Training&VAL&class
+  training_set=2 test_set=3                                 | same |     | not as splits&training_set
+  seg_train/* seg_test/* seg_pred=1              | seg_pred=1 seg_test=5 seg_train=5 | | named train
   train/* test/* xray/train/*                               | test=5 train=5 xray=5 | | train&class
   train/* test/* docs/a.txt labels/1.json new=0             | *        | *
   train/* test/* drafts=-2                                  | *        | *     | drafts
@@ -142,7 +145,7 @@ LAYOUTS = """
   * SYSTEM Thumbs.db .DS_Store cat/._0.png .x.png           | *
 
   ../a=2 cat>../a dog=3 dog/9.png>../../a/1.png             | cat=2 dog=4
-  * cat/gone.png>no.png cat/self.png>self.png o>o emu>none  | *
+  * cat/gone.png>no.png cat/self.png>self.png o>o emu>none  | *        |       | nothing&emu
   * cat/again>../cat cat/here>. dog/all>.. dog/b>../cat     | *
   ../other/* cat=2 dog=3 dog/up>../..                       | *
   * kitten>cat                                              | *        |       | kitten
@@ -154,6 +157,11 @@ LAYOUTS = """
   @eaDir=2 .x=1 ._0.png                                     | refused  |       | no images
   cat=-2 dog=-1                                             | refused  |       | none of
   test/* val/*                                              | refused  |       | train
+  test/* Train/cat=-2                                       | refused  |       | its train folder
+  test/* train=0                                            | refused  |       | its train folder
+  a/val/* a/training/cat/1.heic                             | refused  |       | its train folder
+  test/* train>/mnt/not-there                               | refused  |       | its train folder
+  test/* train                                              | refused  |       | its train folder
   =5 test=2                                                 | refused  |       | --unlabelled
   train/* Training/*                                        | refused  |       | Training&train
 """
@@ -223,6 +231,19 @@ def test_the_accents_of_a_list_of_classes_may_be_spelled_in_the_other_way(tmp_pa
     (tmp_path / "list.txt").write_text("K\u00e4fer\nMo\u0308we")
     data = load(root, tmp_path, classes=str(tmp_path / "list.txt"))
     assert count(data.train, data.classes) == {"K\u00e4fer": 2, "M\u00f6we": 3}
+
+
+def test_a_name_in_another_case_is_not_cut_to_another_class(tmp_path):
+    root = make(tmp_path / "pets", {"golden": 2, "golden retriever": 2, "cat": 2})
+    (tmp_path / "list").write_text("golden Retriever\ncat")
+    with pytest.raises(UserError, match="names golden Retriever, of which"):
+        load(root, tmp_path, classes=tmp_path / "list")
+
+
+def test_a_split_may_end_with_a_space(tmp_path):
+    root = make(tmp_path / "pets", {"train /cat": 2, "train /dog": 2, "TEST /cat": 1})
+    data = load(root, tmp_path)
+    assert data.classes == ["cat", "dog"] and len(data.test.images) == 1
 
 
 @pytest.mark.parametrize("name", ["shapes", "cifar10", "stl10"])
@@ -369,8 +390,20 @@ def test_a_deep_image_is_turned_as_its_orientation_says(orientation, ending, tmp
     assert np.array_equal(seen[0].numpy(), np.asarray(ImageOps.exif_transpose(plain)))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_photo_is_turned_once_as_its_orientation_says(orientation, ending, tmp_path):
+    image = noise(0, (64, 64))
+    image.getexif()[0x0112] = orientation
+    (tmp_path / "odd").mkdir()
+    image.save(tmp_path / "odd" / f"a.{ending}", exif=image.getexif())
+    seen = load(tmp_path / "odd", tmp_path, image_size=64).train.images[0].permute(1, 2, 0)
+    assert np.array_equal(seen.numpy(), np.asarray(ImageOps.exif_transpose(image)))
+
+
 @pytest.mark.parametrize("name, write, colour", [
-    ("a.png", red("P"), RED), ("a.PNG", red(), RED), ("a.webp", red(lossless=True), RED),
+    ("a.png", red("P"), RED), ("a.png", red(exif=b"Exif\0\0MM"), RED),
+    ("a.webp", red(lossless=True, exif=b"\0" * 20), RED), ("a.PNG", red(), RED), ("a.webp", red(lossless=True), RED),
     ("a.Jpeg", red("CMYK", quality=100), RED), ("a.gif", frames, RED), ("a.png", red("RGBA"), RED),
     ("a.png", red("L"), (76,) * 3), ("a.png", red("LA"), (76,) * 3), ("a.jpg", turned, RED),
     ("a.tiff", red("YCbCr"), RED), ("a.png", red(size=(1, 900)), RED),
@@ -437,6 +470,34 @@ def test_an_opaque_image_of_16_bits_keeps_its_levels_whatever_its_alpha(channels
     make(tmp_path / "deep", {"b.png": ramp(0, 4095, "uint16")})
     images = load(tmp_path / "deep", tmp_path, image_size=64).train.images
     assert len(images[0].unique()) > 200 and torch.equal(images[0], images[1])
+
+
+def tiff(pixels):
+    """The bytes of a colour TIFF of 16 bits, which Pillow cannot write."""
+    height, width, n = pixels.shape
+    values = {256: width, 257: height, 258: 134, 259: 1, 262: 2, 273: 140, 277: n, 278: height,
+              279: pixels.nbytes}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag != 258 else 3, 3 if tag == 258 else 1, v)
+                       for tag, v in values.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4)
+    return head.ljust(134, b"\0") + struct.pack("<HHH", 16, 16, 16) + pixels.tobytes()
+
+
+def test_what_is_lost_of_an_image_is_said(tmp_path, capsys):
+    camera = np.repeat(ramp(0, 4095, "<u2")[..., None], 3, 2)
+    root = make(tmp_path / "odd", {"a.tif": tiff(camera), "b.tif": tiff(camera), "c.png": noise(0)})
+    frames(root / "d.gif")
+    for start in range(2):
+        assert len(load(root, tmp_path, image_size=64).train.images) == 4
+        out = capsys.readouterr().out
+        assert "lost, in 2 images: the lower 8 of 16 bits" in out
+        assert "lost, in 1 images: all pages or frames but the first" in out
+
+
+def test_a_photo_of_two_hundred_megapixels_is_decoded_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MAX_PIXELS", 5000)
+    root = make(tmp_path / "big", {"a.jpg": noise("a", (400, 400)), "b.png": noise("b")})
+    assert len(load(root, tmp_path, image_size=32).train.images) == 2
 
 
 def test_a_picture_with_too_many_pixels_is_one_line_at_every_start(tmp_path, monkeypatch, capsys,
@@ -572,7 +633,8 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("gone", ["", "*.pt", "*.pt result.json", "*.pt *.json*",
-                                  "*.pt *.csv result.json"])       # deleted to save space
+                                  "*.pt *.csv result.json",        # deleted to save space
+                                  "log.jsonl *.csv result.json"])  # stopped in its first epoch
 @pytest.mark.parametrize("place", ["runs/identitize-pets-seed0", "my run", "cat/older"])
 def test_a_folder_that_holds_a_run_is_no_data(finished, gone, place, tmp_path, capsys):
     root = make(tmp_path / "pets", tree("* dog/result.json"))

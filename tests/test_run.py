@@ -787,6 +787,18 @@ def test_the_log_has_the_rate_without_the_factor_of_its_group(tmp_path):
         assert run.log[-1]["lr"] == pytest.approx(.1)
 
 
+def test_test_images_are_on_the_sheets_too(tmp_path):
+    train = common.Split(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), None, list("abc"))
+    test = common.Split(torch.full((2, 3, 8, 8), 200, dtype=torch.uint8), None, list("de"))
+    found = common.Clustering(torch.tensor([0, 0, 1]), torch.tensor([0, 1]),
+                              torch.tensor([.9, .5, .5]), torch.tensor([.7, .6]))
+    common.save_sheets(tmp_path, common.Dataset("x", train, test, None, "0"), found, 2)
+    assert "of 5 images" in (tmp_path / "summary.txt").read_text()
+    levels = [np.asarray(Image.open(tmp_path / "sheets" / f"cluster-00{c}.png"))[50, 50::98, 0]
+              for c in range(2)]
+    assert levels[0].tolist() == [0, 200, 0] and levels[1].tolist() == [200, 0]
+
+
 def test_the_summary_has_size_share_and_confidence_of_each_cluster(tmp_path):
     c, sure = torch.tensor([0, 0, 0, 2]), torch.tensor([.25, .5, .75, 1.])
     split = common.Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None, list("abcd"))

@@ -275,6 +275,12 @@ def test_cutout_erases_as_much_as_the_released_one_and_at_times_nothing():
     assert abs((erased == 0).float().mean() - 1 / 16) < .006
 
 
+def test_cutout_keeps_the_memory_order_that_convolutions_like():
+    x = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    out = scan.cutout(x, 8, torch.Generator().manual_seed(0))
+    assert out.is_contiguous(memory_format=torch.channels_last) and (out == 0).any()
+
+
 def test_cutout_comes_after_normalising():
     statistics = (torch.full((1, 3, 1, 1), .2), torch.full((1, 3, 1, 1), .5))
     strong = scan.make_views(scan.parse([]), 32, statistics)["strong"]
@@ -477,7 +483,8 @@ def test_a_result_of_another_tool_beside_the_pretext_file_is_ignored(few_shapes,
 def test_assign_gives_the_images_of_a_run_the_clusters_that_the_run_gave_them(
         few_shapes, tmp_path, capsys):
     run(tmp_path / "a")
-    scan.main(["--assign", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--device", "cpu"])
+    scan.main(["--assign", str(tmp_path / "a"), "--dataset", "shapes", "--out",
+               str(tmp_path / "b"), "--device", "cpu"])
     same = [(tmp_path / name / "clusters.csv").read_text() for name in "ab"]
     assert same[0] == same[1]
     text, found = capsys.readouterr().out, result(tmp_path / "b")
@@ -487,11 +494,12 @@ def test_assign_gives_the_images_of_a_run_the_clusters_that_the_run_gave_them(
 
 
 def test_assign_needs_a_finished_run(tmp_path):
-    for content in (None, b"nothing"):
+    flags = ["--assign", str(tmp_path), "--dataset", "shapes", "--out", str(tmp_path / "o")]
+    for content, why in ((None, "no finished run"), (b"nothing", "model.pt: File is not a zip")):
         if content:
             (tmp_path / "model.pt").write_bytes(content)
-        with pytest.raises(common.UserError, match="--assign"):
-            scan.assign(scan.parse(["--assign", str(tmp_path), "--out", str(tmp_path / "o")]))
+        with pytest.raises(common.UserError, match=f"--assign.*{why}"):
+            scan.assign(scan.parse(flags))
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_assign_reads_images_as_the_run_read_its_own(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(scan, "read_data", read_data)
     with pytest.raises(KeyboardInterrupt):
-        scan.assign(scan.parse(["--assign", str(tmp_path), "--device", "cpu"]))
+        scan.assign(scan.parse(["--assign", str(tmp_path), "--dataset=shapes", "--device", "cpu"]))
     assert asked[0]["fit"] == "pad" and asked[0]["decoding"] == decoding
     assert asked[0]["image_size"] == 16
 
@@ -313,6 +313,27 @@ def test_the_instance_contrast_has_no_clusters_in_l_sem():
     in_batch = (z @ z.t() / .2).fill_diagonal_(-math.inf)
     expected = F.cross_entropy(in_batch, torch.arange(8).roll(4))
     assert torch.allclose(terms["semantic"], expected)
+
+
+@pytest.mark.parametrize("flags, moves", [("--warmup 1", False), ("--warmup 0 --alpha 0", False),
+                                          ("--warmup 0", True)])
+def test_the_classifier_of_scl_rests_while_no_loss_needs_it_also_when_compiled(
+        flags, moves, tmp_path, monkeypatch, capsys, few_shapes):
+    def compiled(net, **_):                                        # as torch.compile does: a
+        def forward(x):                                            # gradient of 0 in place of none
+            z, logits = net(x)
+            return z + 0 * logits.sum(), logits
+        return forward
+    seen, end_epoch = [], common.Run.end_epoch
+
+    def spy(run, record, images, net, **state):
+        seen.append(net.classifier.weight.detach().clone())
+        end_epoch(run, record, images, net=net, **state)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(common.Run, "end_epoch", spy)
+    monkeypatch.setattr(scl, "report", lambda *_: None)
+    tiny(scl, tmp_path / "run", *flags.split(), "--compile", "--epochs", "2")
+    assert torch.equal(*seen) != moves
 
 
 def test_a_run_of_scl_keeps_its_memory_and_chooses_its_clusters_anew(
