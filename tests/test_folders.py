@@ -90,12 +90,12 @@ LAYOUTS = """
   cat/Train=1 cat/val=1 dog/Train=2 dog/val=1               | *        |       | splits&Train&val
   * cat/a.txt b.pdf                                         | *        |       | 2 (1 .pdf, 1 .txt)
   * cat/a.heic cat/b.HEIC dog/LICENSE                       | *      |     | 3 (2 .heic, 1 without)
-  * emu/a.heic owl/old=0                                    | *      |       | images: 2&emu, owl
+  * emu/a.heic owl/old=0                                    | *        |       | images: 2&emu
   * cat/more.png=1 dog/none.jpg=0                           | cat=3 dog=3
 
   net=2 test=3 racket=2                                     | net=2 racket=2 test=3 | | test&class
   Training=2 VAL=2 none=3                                   | same |         | Training&VAL&class
-  training_set=2 test_set=3                                 | same   |       | not as splits&test_set
+  training_set=2 test_set=3                                 | same     |       | splits&test_set
   seg_train/* seg_test/* seg_pred=1              | seg_pred=1 seg_test=5 seg_train=5 | | named train
   train/* test/* xray/train/*                               | test=5 train=5 xray=5 | | train&class
   train/* test/* docs/a.txt labels/1.json new=0             | *        | *
