@@ -175,6 +175,12 @@ def look_ahead(argv, flag):
     return early.parse_known_args(argv)[0].value
 
 
+def given(argv):
+    """The flags that were typed: {'--epochs', ...}. argv: a list; None: the command line"""
+    return {part.split("=")[0] for part in (sys.argv[1:] if argv is None else argv)
+            if part.startswith("--")}
+
+
 def number(kind, low, high=2**31, above=False):
     """An argparse type: an int or a float from low (above=True: more than low) to high."""
     def convert(text):

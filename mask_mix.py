@@ -67,7 +67,7 @@ from torchvision.models.detection import FasterRCNN, anchor_utils, backbone_util
 
 from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError, autocast,
                     baselines, batches, color_jitter, cosine_lr, describe, embed, embed_both,
-                    evaluate, fast_dtype, fetch, generator, grid, knn_accuracy, knn_gauge,
+                    evaluate, fast_dtype, fetch, generator, given, grid, knn_accuracy, knn_gauge,
                     load_checked, normalise, number, one_line, pick_device, pixel_statistics,
                     prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
                     run_script, save_picture, save_views, set_lr, to_device, write_text)
@@ -216,6 +216,9 @@ def parse(argv=None):
     args = parser.parse(argv, DEFAULTS)
     if args.against and not args.detect:
         parser.error("--against needs --detect")
+    others = sorted(given(argv) - {"--detect", "--against", "--out", "--seed", "--device"})
+    if args.detect and others:
+        parser.error(f"--detect and {others[0]} exclude each other")
     return args
 
 

@@ -64,7 +64,6 @@ import difflib
 import hashlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -79,10 +78,10 @@ from torchvision.transforms.v2 import Resize
 from common import (IN_MEMORY, NAMES, Damaged, Meter, Parser, Run, UserError, adjust_brightness,
                     adjust_contrast, adjust_saturation, autocast, baselines, batches, beside,
                     cluster_scores, clustering, color_jitter, cosine_lr, describe, embed,
-                    embed_both, evaluate, fast_dtype, fetch, generator, grid, load_checked,
-                    look_ahead, normalise, number, one_line, pick_device, pixel_statistics, prepare,
-                    print_scores, random_grayscale, random_resized_crop, read_data, resnet18,
-                    run_script, save_atomically, save_clusters, save_picture, save_views,
+                    embed_both, evaluate, fast_dtype, fetch, generator, given, grid, load_checked,
+                    look_ahead, normalise, number, one_line, pick_device, pixel_statistics,
+                    prepare, print_scores, random_grayscale, random_resized_crop, read_data,
+                    resnet18, run_script, save_atomically, save_clusters, save_picture, save_views,
                     score, set_lr, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
@@ -447,13 +446,20 @@ def parse(argv=None):
     args = parser.parse(argv, FROZEN if frozen else DEFAULTS)
     if args.weights and not frozen:
         parser.error("--weights needs --pretext with the name of a model of torchvision")
-    given = {part.split("=")[0] for part in (sys.argv[1:] if argv is None else argv)}
-    free = "--assign --dataset --data-dir --out --device --classes --labelled --unlabelled".split()
-    useless = sorted(part for part in given if part.startswith("--") and part not in free)
-    if args.assign and useless:
-        parser.error(f"--assign and {useless[0]} exclude each other")
-    if args.assign and "--dataset" not in given:
+    typed = given(argv)
+    others = sorted(typed - {"--assign", "--dataset", "--data-dir", "--out", "--device",
+                             "--classes", "--labelled", "--unlabelled"})
+    if args.assign and others:
+        parser.error(f"--assign and {others[0]} exclude each other")
+    if args.assign and "--dataset" not in typed:
         parser.error("--assign needs --dataset, the new images")
+    idle = set("--epochs --batch-size --lr --optimizer --crop --jitter --gray --temperature "
+               "--nt-xent".split())                                # of step 1
+    if frozen:                                                     # nor is there a step 3
+        idle |= set("--width --stem-stride --threshold --unsafe --weak-pass --self-label-epochs "
+                    "--self-label-batch --self-label-lr".split())
+    if args.pretext and idle & typed:
+        print(f"without effect beside --pretext: {', '.join(sorted(idle & typed))}")
     return args
 
 

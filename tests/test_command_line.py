@@ -428,6 +428,22 @@ def test_assign_takes_nothing_that_the_run_decides(flag, refused, tmp_path):
     assert f"--assign and {flag[0].split('=')[0]} exclude" in err
 
 
+@pytest.mark.parametrize("flag", ["--epochs=3", "--dataset=shapes", "--mask-share=.5"])
+def test_detect_takes_no_flag_of_the_training(flag, refused, tmp_path):
+    assert f"--detect and {flag.split('=')[0]} exclude" in refused("mask_mix", "--detect", tmp_path,
+                                                                  flag)
+
+
+@pytest.mark.parametrize("pretext, idle", [("x.pt", "--crop, --epochs"),
+                                           ("resnet50", "--crop, --epochs, --width")])
+def test_flags_of_a_step_that_is_left_out_are_said_to_have_no_effect(pretext, idle, capsys):
+    flags = ["--epochs", "5", "--crop=.3", "--width", "16", "--heads", "3"]
+    importlib.import_module("scan").parse([*flags, "--pretext", pretext])
+    assert capsys.readouterr().out == f"without effect beside --pretext: {idle}\n"
+    importlib.import_module("scan").parse(flags)
+    assert capsys.readouterr().out == ""
+
+
 def test_assign_needs_to_be_told_which_images(refused, tmp_path):
     assert "--assign needs --dataset" in refused("scan", "--assign", tmp_path)
 
