@@ -74,27 +74,28 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 # Anchors are the 2B views of the batch. Candidates are the same views for L_sem, and the N rows of
-#    the memory for pv. The functions below have A anchors and J candidates m_j.
+#    the memory for pv. The functions below have A anchors and J candidates; m_j: any candidate.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
 # How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
-#    the other view is pulled and only other clusters are pushed. In the memory its own row has no
-#    vote: it would vote for the cluster that the image already has.
+#    the other view is pulled and only other clusters are pushed. In training its own row of the
+#    memory has no vote: it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
 #    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
 #    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
 #    in spite of L_bal: a good start (D3) and votes by the mean (D5) matter more.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes.
-# What it costs: e of the whole memory, 2B x N, is kept for the gradient. With 1.2 million rows and
-#    512 views it takes 2.5 GB: calculated.
+# What it costs: e of the whole memory is kept for the gradient. 1.2 million rows times 512 views
+#    take 2.5 GB: calculated.
 
 
 def exponentials(z, candidates, tau):
     """e_ij = exp(z_i . m_j / tau)
 
     z (A, 128) anchors, candidates m (J, 128), rows of unit length; tau .03 or more, which keeps
-    e^(1/tau) and sums of it finite. -> (A, J). Under autocast only the cosines are bfloat16."""
+    e^(1/tau) and sums of it finite. -> (A, J). Under autocast the product alone is bfloat16: then
+    e has an error of 3 % at most at tau .1, and pv one of .001 (measured, of random vectors)."""
     return (z / tau @ candidates.t()).to(z.dtype).exp()
 
 
@@ -108,9 +109,9 @@ def cluster_votes(e, clusters, k):
 def memory_votes(z, rows, memory, clusters, k, tau, piece=8192):
     """S_ik = sum_{j: c_j = k, j != o_i} e_ij
 
-    z (2B, 128), both views of B images; memory (N, 128); rows o (B,), all different: where these
-    images stand in the memory. An image's own row has no vote for it. clusters c (N,), k: K.
-    -> (2B, K). The memory is read `piece` rows at a time: smaller arrays are faster."""
+    z (2B, 128), both views of B images; memory (N, 128); rows (B,), all different: where these
+    images stand in the memory. o_i, the row of anchor i's own image, has no vote for it. clusters c
+    (N,), k: K. -> (2B, K). It reads `piece` rows at a time, for speed: small arrays fit a cache."""
     others = 1 - torch.eye(len(rows), dtype=z.dtype, device=z.device).repeat(2, 1)          # 2BxB
     batch = cluster_votes(others * exponentials(z, memory[rows], tau), clusters[rows], k)
     rest = clusters.index_fill(0, rows, k)     # here the batch votes for column k, which is cut off
@@ -130,7 +131,7 @@ def semantic_contrastive_loss(e, votes, twin, clusters):
 
     -> scalar >= 0, lower is better. Other members of the anchor's cluster are neither pulled nor
     pushed. With one cluster it is 0. With a cluster for each image this is instance discrimination:
-    ln(A - 1) when all views of the batch are equally similar."""
+    within a batch ln(A - 1) when all views are equally similar."""
     pulled = e.gather(1, twin[:, None]).squeeze(1)                              # A
     pushed = votes.scatter(1, clusters[twin][:, None], 0).sum(1)                # A
     return ((pulled + pushed).log() - pulled.log()).mean()
@@ -140,9 +141,9 @@ def visual_prediction(votes, clusters):
     """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
-    in the mean (D5). n_k counts the anchor's own row, which has no vote: so one n serves all
-    anchors, and the own cluster counts too little by a share 1/n_k. votes S (A, K), clusters c (J,)
-    of the candidates. -> (A, K), rows sum to 1; an empty cluster gets 0."""
+    in the mean (D5). n_k counts the anchor's own row, although it has no vote in training: so one n
+    serves all anchors, and the own cluster counts too little by a share 1/n_k. votes S (A, K),
+    clusters c (J,) of the candidates. -> (A, K), rows sum to 1; an empty cluster gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
     size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
     mean = votes / size.clamp(min=1)                                            # AxK
@@ -168,7 +169,7 @@ def balance_loss(logits):
 
 
 def update_memory(memory, rows, z, momentum):
-    """m_i <- v / ||v||,   v = momentum m_i + (1 - momentum) z_i,   for i in rows
+    """m_r <- v / ||v||,   v = momentum m_r + (1 - momentum) z_i,   r = rows_i
 
     memory (N, 128), changed in place, and z (B, 128), the mean of an image's two views, have rows
     of unit length; rows (B,): where the images stand in the memory, all different. Momentum 0
@@ -226,8 +227,9 @@ def fit_classifier(classifier, h, clusters):
 def hand_over(net, images, index, memory, statistics, args):
     """After the warm-up: W is fitted (D4). -> the first clusters (N,) (D3)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
+    # In the order of the memory: index is sorted, so with all images it is 0, 1, 2, ...
     seen = images if len(index) == len(images) else images[index.to(images.device)]
-    h = embed(net.backbone, seen, statistics, memory.device)       # un-augmented, in eval mode
+    h = embed(net.backbone, seen, statistics, memory.device)       # un-augmented
     fit_classifier(net.classifier, h, clusters)
     return clusters
 
@@ -251,7 +253,8 @@ def parse(argv=None):
     add("--jitter", type=number(float, 0, 1), default=.5, help="j: colour jitter .8j .8j .8j .2j")
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
-    add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without clusters")
+    add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without "
+        "clusters; with 0 the first ones are random")
     add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: each "
         "image stays its own cluster in L_sem; with --alpha 0 the baseline")
     add("--alpha", type=number(float, 0), default=1., help="a, of L_con; 0: pv alone, no L_bal")
@@ -300,7 +303,7 @@ def consensus(pv, ps, alpha=1.):
 
 def predictions(net, h, memory, clusters, tau):
     """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote, for a training
-    image also its own: so it keeps its last cluster a little more easily than others get it."""
+    image also its own, so that it tends a little to its last cluster."""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
                        for z in net.embedding(h).split(256)])
@@ -365,7 +368,8 @@ def train(args):
         forward = torch.compile(net) if args.compile else net
         print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
               f"{fast_dtype(device)}; {run.folder}")
-        # 3. Epochs: from epoch `warm` on with clusters. Each part has its own learning rates.
+        # 3. Epochs: from epoch `warm` on with clusters (not for the baseline). In each part the
+        #    learning rate rises for a tenth of the steps, then it falls to 0.
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
         for epoch in range(run.epoch, args.epochs):
             if epoch == warm and (args.alpha or args.contrast == "semantic"):
@@ -429,7 +433,7 @@ if __name__ == "__main__":
 #     --contrast instance --alpha 0, by k-means on h    .970 +- .016  .952  .938  .985
 #         by k-means on z                               .977 +- .005  .957  .950  .987
 #     with L_sem against the memory, too (D1), by pv    .969 +- .041  .972  .955
-# Parts left out, seeds 0, 1, 2, by pv: none .993 +- .001; --contrast instance .976 +- .005;
+# Parts left out, seeds 0, 1, 2, by pv: nothing .993 +- .001; --contrast instance .976 +- .005;
 #     --frozen, --beta 0, --alpha 0: .989 +- .002 each. So clusters in the contrast matter most.
 # 10,000 images, options F and C of the README, seeds 0, 1, 2 (CIFAR-10: images saved as JPEG):
 #     Fashion-MNIST, by pv                              .632 +- .005  .582  .471
@@ -438,5 +442,5 @@ if __name__ == "__main__":
 #     CIFAR-10, by pv                                   .313 +- .016  .194  .118
 #         baseline, by k-means on h                     .306 +- .014  .186  .110  .506
 #         baseline, by k-means on z                     .312 +- .012  .186  .113  .501
-# So on these two the joint clusters are as good as those of k-means, and on h kNN falls, to .766
+# So on these two the joint clusters are as good as those of k-means, and kNN on h falls, to .766
 #     and .475. With 50,000 rows of the memory an epoch with clusters takes three times as long.
