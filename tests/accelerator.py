@@ -129,8 +129,8 @@ class Accelerator(TorchDispatchMode):
                 (torch.Tensor, "pin_memory", torch.Tensor.clone),
                 (torch, "autocast", lambda kind, *more, **options: contextlib.nullcontext()
                     if kind == DEVICE.type else autocast(kind, *more, **options)),
-                (torch, "compile", lambda net: net),
-                (torch.nn.Module, "compile", lambda _: None),
+                (torch, "compile", lambda net, **_: net),
+                (torch.nn.Module, "compile", lambda _, **__: None),
                 (sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices",
                     lambda: [DEVICE.type, "cpu"])):
             self.stack.callback(setattr, place, name, getattr(place, name))
