@@ -227,8 +227,8 @@ def fit_classifier(classifier, h, clusters):
 def hand_over(net, images, index, memory, statistics, args):
     """After the warm-up: W is fitted (D4). -> the first clusters (N,) (D3)"""
     clusters = kmeans(memory, net.classifier.out_features, args.seed)[0]
-    # In the order of the memory: index is sorted, so with all images it is 0, 1, 2, ...
-    seen = images if len(index) == len(images) else images[index.to(images.device)]
+    everything = torch.equal(index, torch.arange(len(images)))     # then no copy is needed
+    seen = images if everything else images[index.to(images.device)]
     h = embed(net.backbone, seen, statistics, memory.device)       # un-augmented
     fit_classifier(net.classifier, h, clusters)
     return clusters
