@@ -443,4 +443,5 @@ if __name__ == "__main__":
 #         baseline, by k-means on h                     .306 +- .014  .186  .110  .506
 #         baseline, by k-means on z                     .312 +- .012  .186  .113  .501
 # So on these two the joint clusters are as good as those of k-means, and kNN on h falls, to .766
-#     and .475. With 50,000 rows of the memory an epoch with clusters takes three times as long.
+#     and .475. With 50,000 rows, width 16, on one core: 1,004 images/s without clusters, 389 in
+#     the first epoch with them, k-means included.
