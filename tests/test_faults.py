@@ -224,6 +224,7 @@ def stopped_by(number, script, folder, *more):
     """Stop a life by a signal after its first checkpoint. -> the line with which it ended"""
     life = start(script, folder, *more)
     wait_for(folder / "checkpoint.pt")
+    time.sleep(.05)                        # until the run, too, knows that it is there
     os.kill(life.pid, number)
     life.join(60)
     assert life.exitcode == 128 + number
