@@ -67,6 +67,8 @@ def test_features_of_any_scale_and_offset_give_the_same_heads():
         scale.mean, scale.std = h.mean(0), h.std(0)
         return scale(h)
     assert torch.allclose(scaled(h), scaled(1000 * h - 300), atol=1e-3)
+    moved = h * torch.logspace(-2, 2, 8) + 10 * torch.arange(8)     # each feature in its own way
+    assert torch.allclose(scaled(h), scaled(moved), atol=1e-2)
     assert torch.allclose(scaled(h).norm(dim=1), torch.tensor(10.))
 
 

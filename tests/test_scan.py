@@ -541,17 +541,6 @@ def test_mining_is_exact_beyond_the_first_chunk_of_rows():
     assert (near[:, 0] == torch.arange(8400)).all() and (near[:, 1] != near[:, 0]).all()
 
 
-def test_each_feature_may_have_a_scale_and_an_offset_of_its_own():
-    h = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
-
-    def scaled(h):
-        scale = scan.Scale(8)
-        scale.mean, scale.std = h.mean(0), h.std(0)
-        return scale(h)
-    moved = h * torch.logspace(-2, 2, 8) + 10 * torch.arange(8)
-    assert torch.allclose(scaled(h), scaled(moved), atol=1e-2)
-
-
 @pytest.mark.parametrize("n, clusters, most, chosen", [
     (5000, 10, 200, 166), (50000, 10, 20, 20), (20, 10, 20, 1)])
 def test_neighbours_are_at_most_a_third_of_a_cluster(n, clusters, most, chosen):
