@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv, defaults):
         """The arguments. defaults: {dataset: {flag: value}}, those that differ from the flags' own
         defaults; 'folder' stands for any path."""
-        name = look_ahead(argv, "--dataset") or "shapes"           # also for --help
+        name = given(argv).get("--dataset", "shapes")              # also for --help
         self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
         args = self.parse_args(argv)
         for flag, value in vars(args).items():
@@ -168,17 +168,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
 
 
-def look_ahead(argv, flag):
-    """The value of one flag that decides on the defaults of others; None where it is not given."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument(flag, nargs="?", dest="value")
-    return early.parse_known_args(argv)[0].value
-
-
 def given(argv):
-    """The flags that were typed: {'--epochs', ...}. argv: a list; None: the command line"""
-    return {part.split("=")[0] for part in (sys.argv[1:] if argv is None else argv)
-            if part.startswith("--")}
+    """The flags that were typed, and what follows each: {'--epochs': '3', '--resume': '', ...}.
+    argv: a list; None: the command line"""
+    words = []
+    for part in sys.argv[1:] if argv is None else argv:
+        words += part.split("=", 1) if part.startswith("--") else [part]
+    return {flag: value for flag, value in zip(words, [*words[1:], ""]) if flag.startswith("--")}
 
 
 def number(kind, low, high=2**31, above=False):
@@ -295,9 +291,9 @@ def load_dataset(name, data_dir="data", image_size=None, **options):
     image_size: side in pixels; None: the dataset's own. options: see _folder and read_files. Raises
     UserError for an unknown name, an unusable folder, a failed download."""
     data_dir, folder = Path(data_dir), Path(os.path.expanduser(name))
-    given = [flag for flag in ("classes", "unlabelled", "labelled") if options.get(flag)]
-    if name in IN_MEMORY and given:
-        raise UserError(f"--{given[0]} is for folders of images, not for {name}")
+    narrowed = [flag for flag in ("classes", "unlabelled", "labelled") if options.get(flag)]
+    if name in IN_MEMORY and narrowed:
+        raise UserError(f"--{narrowed[0]} is for folders of images, not for {name}")
     if name == "shapes":
         data = _shapes(image_size or 32)
     elif name == "tiny-imagenet":
@@ -633,7 +629,7 @@ def layout(root, files, labelled, known):
         with contextlib.suppress(OSError):
             if role(part) in ("test", "val") and \
                     "train" in map(role, os.listdir(os.path.join(root, *files[0][:i]))):
-                raise UserError(f"{one_line(root)}: no image of its train folder can be read")
+                raise UserError(f"{one_line(root)}: no image of its train folder can be used")
     groups = {"train": files}
     if named and named == tops:
         groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
@@ -743,10 +739,10 @@ def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labell
     if only and set(names) - known:
         raise UserError(f"{one_line(classes or name)}: some folders that it names are not classes; "
                         f"the classes are {one_line(', '.join(names))}")
-    splits = []
+    splits, number_of = [], {label: i for i, label in enumerate(names)}
     for split in ("train", "test"):
         rows = [row for row, f in enumerate(good) if f in found and found[f][0] == split]
-        y = torch.tensor([names.index(found[good[row]][1]) for row in rows]) if names else None
+        y = torch.tensor([number_of[found[good[row]][1]] for row in rows]) if names else None
         where = [os.sep.join(files[kept["good"][row]]) for row in rows]
         features = None if kept["features"] is None else kept["features"][rows]
         splits.append(Split(kept["images"][rows], y, where, features))
@@ -1113,7 +1109,7 @@ class Meter:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluation, the same for all four. Labels are used here (and by --train-size), by no loss.
+# 8. Evaluation, the same for all four. No loss uses labels.
 
 @torch.compiler.set_stance("force_eager")                          # --compile is for training
 @torch.no_grad()
@@ -1366,7 +1362,8 @@ def protocol(table, data):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Run folder. Nothing is lost: a file is complete before it gets its name.
+# 9. Run folder. Nothing is lost: a file (but log.jsonl, which restore() repairs) is complete before
+#    it gets its name.
 
 @contextlib.contextmanager
 def replacing(path):
@@ -1513,7 +1510,7 @@ class Run:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "a")                # a kill releases it
+        self.lock = open(self.folder / ".lock", "a")               # stays; a kill releases it
         with contextlib.suppress(ImportError):                     # on Windows nothing locks
             import fcntl
             try:
@@ -1527,10 +1524,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        ours = self.lock.tell() == 0       # else the user had a file of this name
         self.lock.close()
-        if ours:
-            (self.folder / "lock").unlink(missing_ok=True)
         if error is not None and self.method != "assign" and not isinstance(error, NotFinite):
             error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
@@ -1610,7 +1604,7 @@ class Run:
                                "torchvision": torchvision.__version__}}
         valid = json.loads(json.dumps(result), parse_constant=lambda _: None)     # no NaN in JSON
         write_text(self.folder / "result.json", json.dumps(valid, indent=1) + "\n")
-        files = sorted(f.name for f in self.folder.iterdir() if f.name != "lock")
+        files = sorted(f.name for f in self.folder.glob("[!.]*"))
         print(f"\n{duration(self.seconds)} of training, {duration(time.time() - self.ended)} for "
               f"the report. {self.name} holds {', '.join(files)}")
 

@@ -13,7 +13,8 @@ products is pushed to the identity: the diagonal to 1, so that both views of an 
 clusters, and the other entries to 0, so that no two clusters do the same job. A cluster with the
 same score for all images would have 0 on the diagonal, so each cluster has to tell images apart.
 There are no negative pairs, no rule about the sizes of clusters, no predictor, no momentum network
-and no memory. Beside it, the assignments of one view to clusters are the targets of the other.
+and no memory. In a second loss, the assignments of one view to clusters are the targets of the
+other view.
 
              view 1 -> f -> h1 -> g -> s1 -> n1 \
     image <                                      > n = mean -> M = n^T n / B -> identity     L_id
@@ -27,28 +28,30 @@ and no memory. Beside it, the assignments of one view to clusters are the target
     consistency and decorrelation, by tweaking the    mean_correlation, identitization_loss
       batch-wise cross-correlation to the identity
     assignments of two views as mutual targets        swapped_assignment_loss
-    more robust to imbalance than cluster balancing,  --imbalance; --targets sinkhorn is the rival
-      and learns from small batches                   --batch-size
+    more robust to imbalance than cluster balancing,  --imbalance; the rival is --targets sinkhorn,
+      and learns from small batches                   the balanced targets of SwAV; --batch-size
 
     symbol    in the code                  shape    meaning
-    h         h                            B x D    backbone features (scored), D = 8 * --width
+    h         h                            B x D    backbone features, D = 8 * --width; they are
+                                                    evaluated
     s         s1, s2                       B x K    cluster scores of two views, K = --clusters-head
     n1, n2    n1, n2                       B x K    s1, s2 standardised over the batch, per cluster
     n         n                            B x K    their mean, (n1 + n2) / 2
-    C         c                            K x K    n1^T n2 / B, between the views: printed (D1)
-    M         m                            K x K    n^T n / B: trained
+    C         c                            K x K    n1^T n2 / B, between the views; for the log (D1)
+    M         m                            K x K    n^T n / B; L_id is computed from it
     P1, P2    p1, p2                       B x K    softmax(n1), softmax(n2)
     mu, w     --mu, --swap-weight                   weights: L = mu L_id + w L_swap
     lam       --lam                                 weight of the off-diagonal entries
 
 Choices of ours, which may differ from the paper
-    D1  The matrix is M, not the cross-correlation C of the two views. The text above the loss says
-        why. --correlate between trains C. The log shows C, the abstract's matrix; the picture M.
+    D1  The matrix is M, not the cross-correlation C of the two views. Section 1 says why.
+        --correlate between trains C. The log shows C, the abstract's matrix; the picture shows M.
     D2  The distance to the identity is linear on the diagonal and squared elsewhere. Squares on
-        both learned less (section 6).
+        both were no better (section 6).
     D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
         This is a mild balancing of its own. The loss has no term about the sizes of clusters.
-    D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. It adds little here.
+    D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. With or without
+        L_swap the scores are the same (section 6).
     D5  Views, head, K, the weights, optimizer and schedule are ours.
 
     python identitize.py                                # ten kinds of shapes, on a laptop
@@ -64,18 +67,20 @@ from torch import nn
 
 from common import (Meter, Parser, Run, UserError, autocast, baselines, batches, beside,
                     color_jitter, cosine_lr, describe, embed_both, evaluate, fast_dtype, fetch,
-                    generator, heatmap, knn_gauge, normalise, number, pixel_statistics, prepare,
-                    print_scores, random_grayscale, random_resized_crop, resnet18, run_script,
-                    save_picture, save_views, set_lr, to_device)
+                    generator, given, heatmap, knn_gauge, normalise, number, pixel_statistics,
+                    prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
+                    run_script, save_picture, save_views, set_lr, to_device)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 # C: column k of n1 holds the scores of cluster k in the first view. C_kl is its correlation with
 #    column l of n2, from the second view. Where C_kk is 1, the views agree on cluster k.
-# M: n^T n / B, n = (n1 + n2) / 2. It averages C, its transpose, and each view's own correlations.
+# M: n^T n / B, n = (n1 + n2) / 2. It is the mean of C, its transpose, and the correlations within
+#    view 1 and within view 2.
 # Why the mean: if the views have nothing in common, C is 0, even if all clusters of a view are
 #    copies. So disagreement hides copies from C. M still shows them, as entries of 1/2.
-# Why standardise: C holds correlations then. No cluster can lower them by shrinking its scores.
+# Why standardise: C holds correlations then. No cluster can lower them by shrinking its scores, as
+#    long as their variance is above the 1e-5 of standardise.
 # What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, M is 0 and
 #    L_id is 1. If all clusters and both views are equal, all entries are 1: L_id is lam (K - 1).
 # What it costs: B K^2 products for each matrix, little beside the network.
@@ -93,17 +98,16 @@ def cross_correlation(n1, n2):
 
     n1, n2: (B, K) standardised scores of two views. -> C (K, K) in [-1, 1]. Permuting clusters
     permutes C. Swapping the views transposes it. Its rank is at most min(B - 1, K)."""
-    with torch.autocast(n1.device.type, enabled=False):            # float32, whoever calls
+    with torch.autocast(n1.device.type, enabled=False):            # float32, also under autocast
         return n1.t() @ n2 / len(n1)
 
 
 def mean_correlation(n1, n2):
     """M_kl = 1/B sum_b n_bk n_bl,   n = (n1 + n2) / 2
 
-    n1, n2: (B, K) standardised scores of two views. -> M (K, K), symmetric, without an eigenvalue
-    below 0. M_kk = (1 + C_kk) / 2 where the variance of a score is far above standardise's 1e-5 in
-    both views, and 0 where it is 0 in both; M_kl in [-1, 1]. Written out,
-    M = (n1^T n1 + n1^T n2 + n2^T n1 + n2^T n2) / (4B)."""
+    n1, n2: (B, K) standardised scores of two views. -> M (K, K), symmetric and positive
+    semi-definite, entries in [-1, 1]. M_kk = (1 + C_kk) / 2, unless the variance of a score is near
+    1e-5 or below; 0 for constant scores. M = (n1^T n1 + n1^T n2 + n2^T n1 + n2^T n2) / (4B)."""
     with torch.autocast(n1.device.type, enabled=False):
         n = (n1 + n2) / 2                                                       # BxK
         return n.t() @ n / len(n)
@@ -126,7 +130,8 @@ def swapped_assignment_loss(n1, n2):
     """L_swap = -1/(2B) sum_bk [ sg(P2_bk) log P1_bk + sg(P1_bk) log P2_bk ],   P = softmax(n)
 
     n1, n2: (B, K) standardised scores; no gradient flows through the targets sg(P). Lower is
-    better: 0 for equal one-hot assignments, ln K for uniform ones.
+    better: ln K for uniform assignments, 0 for equal one-hot ones, which standardised scores do not
+    reach: K = 16 clusters of equal size, each with its own equal scores in both views, give 1.02.
     Why standardised: in raw scores a large constant added to one cluster puts every image there.
     This loss is then near 0, and M does not change: nothing would stop it."""
     log_p1, log_p2 = F.log_softmax(n1, 1), F.log_softmax(n2, 1)
@@ -138,9 +143,9 @@ def swapped_assignment_loss(n1, n2):
 def sinkhorn(s, epsilon=.05, iterations=3):
     """The rival's targets, as in SwAV: exp(s / epsilon), its columns and rows scaled in turn, which
     brings the shares of all clusters in the batch closer to each other (the Sinkhorn algorithm).
-    SwAV does so 3 times: with the small epsilon of shapes the shares of a trained network still are
-    a third to three times B / K (100 times: section 6).
-    s: (B, K) scores. -> (B, K); rows sum to 1, columns more or less to B / K."""
+    SwAV does so 3 times. With the small epsilon of the dataset shapes the columns of a trained
+    network then still sum to B / (3K) up to 3B / K; section 6 tries 100 iterations.
+    s: (B, K) scores. -> (B, K); rows sum to 1, columns nearer to B / K with each iteration."""
     q = s.float() / epsilon
     for _ in range(iterations):
         q = q - q.logsumexp(0, keepdim=True)
@@ -152,9 +157,9 @@ def sinkhorn(s, epsilon=.05, iterations=3):
 # 2. The network
 
 class Network(nn.Module):
-    """Backbone f; g is head, then clusters. Images (B, 3, H, W) -> cluster scores s (B, K)
+    """Backbone f, then g: head and clusters. Images (B, 3, H, W) -> cluster scores s (B, K)
 
-    cosine: for the rival. Then s are cosines, of the head's 128 outputs to K prototypes."""
+    cosine: for the rival. Then s are cosines between the head's 128 outputs and K prototypes."""
 
     def __init__(self, backbone, features, clusters, cosine=False):
         super().__init__()
@@ -164,7 +169,7 @@ class Network(nn.Module):
         if cosine:
             self.head.append(nn.Linear(512, 128))
         self.clusters = nn.Linear(128 if cosine else 512, clusters, bias=False)
-        if cosine:                         # rows longer than usual: Adam turns them slowly
+        if cosine:                         # longer rows than by default: a step turns them less
             nn.init.normal_(self.clusters.weight)
 
     def forward(self, x):
@@ -176,7 +181,7 @@ class Network(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. The views
+# 3. The views, and the long-tailed training set
 
 def make_views(args, statistics):
     """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D5)"""
@@ -227,12 +232,16 @@ def parse(argv=None):
     add("--swap-weight", type=number(float, 0), default=.1, help="w, weight of L_swap")
     add("--correlate", choices=("both", "between"), default="both", help="both: M; between: C (D1)")
     add("--targets", choices=("identity", "sinkhorn"), default="identity", help="sinkhorn: "
-        "the rival, with --swap-weight 0")
+        "the rival, balanced targets as in SwAV, without L_swap")
     add("--sinkhorn-epsilon", type=number(float, 1e-4), default=.05, help="small: sharp targets")
     add("--imbalance", type=number(float, 1), default=1., help="largest class / smallest class")
     args = parser.parse(argv, DEFAULTS)
     if args.imbalance != 1 and args.train_size:
         parser.error("--imbalance and --train-size exclude each other")
+    if args.targets == "sinkhorn":
+        if args.swap_weight and "--swap-weight" in given(argv):
+            parser.error("--targets sinkhorn has no L_swap: leave out --swap-weight")
+        args.swap_weight = 0.
     return args
 
 
@@ -245,9 +254,9 @@ def rms_off_diagonal(m):
 
 
 def losses(s1, s2, args):
-    """Scores (B, K) of two views -> L, {numbers for the log}, P1: the algorithm in one place.
-    diagonal and off_diagonal are of C; confidence is the mean of max P1. For the rival P1 is the
-    same softmax(n1), not what its loss trains, so that both are measured alike."""
+    """The algorithm in one place. Scores (B, K) of two views -> L, {numbers for the log}, P1.
+    diagonal and off_diagonal are of C; confidence is the mean of max P1. P1 is softmax(n1) for the
+    rival, too, although its loss does not use it: so both logs can be compared."""
     n1, n2 = standardise(s1), standardise(s2)                                   # BxK each
     c, m = cross_correlation(n1, n2), mean_correlation(n1, n2)                  # KxK each
     if args.targets == "sinkhorn":                                 # the rival: balanced targets
@@ -265,11 +274,11 @@ def losses(s1, s2, args):
 
 @torch.no_grad()
 def matrix_now(net, images, index, views, args, device):
-    """M (K, K) of two views of 1,800 to 4,000 training images, for correlation.png. Scores are
+    """M (K, K) of two views of up to 2,000 training images, for correlation.png. Scores are
     standardised over all these images at once. BatchNorm works as in training, batch by batch, on
     a copy, so that net keeps its running means."""
     net, rng = copy.deepcopy(net).train(), generator(args.seed, 0, "correlation")
-    some, size = index[::max(1, len(index) // 2000)], min(256, args.batch_size)
+    some, size = index[torch.randperm(len(index), generator=rng)[:2000]], min(256, args.batch_size)
     s = [net(torch.cat([x1, x2])).chunk(2)
          for _, x1, x2 in batches(images, some, size, views, rng, device)]
     s1, s2 = (torch.cat(view) for view in zip(*s))
@@ -286,7 +295,7 @@ def draw_matrix(m, epoch):
 @torch.no_grad()
 def report(args, run, data, net, untrained, index, clusters, statistics, views, matrices):
     """Scores of the frozen backbone beside raw pixels and a random network; pictures. clusters: how
-    many k-means looks for, which writes clusters.csv."""
+    many k-means looks for; what it finds goes to clusters.csv."""
     table, device = {}, next(net.parameters()).device
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     scores, found = evaluate(train_h, test_h, data, clusters, args.seed, index)
@@ -296,14 +305,14 @@ def report(args, run, data, net, untrained, index, clusters, statistics, views, 
         print_scores(table, data)
     save_picture(run.folder / "correlation.png", beside(*(
         draw_matrix(matrices[epoch], epoch) for epoch in sorted(matrices, key=int))))
-    x = fetch(data.train.images, index[:8], torch.device("cpu"))
-    fed = views(x, generator(args.seed, 0, "picture"))
-    save_views(run.folder / "views.png", x, fed, statistics)
+    raw = fetch(data.train.images, index[:8], torch.device("cpu"))
+    fed = views(raw, generator(args.seed, 0, "picture"))
+    save_views(run.folder / "views.png", raw, fed, statistics)
     run.finish(table, net.backbone, found, statistics)
 
 
 def train(args):
-    # 1. The data, checked before anything is written. clusters: how many k-means looks for at last.
+    # 1. The data, checked before anything is written. clusters: how many the last k-means finds.
     device, data, index, clusters = prepare(args, DEFAULTS)
     if args.imbalance != 1:
         if data.classes is None or (data.train.labels < 0).any():
@@ -329,15 +338,14 @@ def train(args):
         forward = torch.compile(net) if args.compile else net
         print(f"identitize on {data.name}: {len(index):,} images, {describe(backbone, size)}; "
               f"{device}, {fast_dtype(device)}; {run.folder}")
-        if args.batch_size <= k:
+        if args.batch_size <= k and args.targets == "identity":
             print(f"note: with K = {k}, M of a batch of {args.batch_size} cannot be the identity")
         # 3. Epochs.
         per_epoch = len(index) // args.batch_size
         steps = per_epoch * args.epochs
         for epoch in range(run.epoch, args.epochs):
             meter = Meter(f"identitize, epoch {epoch + 1}", per_epoch)
-            mean_p, hits = torch.zeros(2, k, device=device)
-            rng = generator(args.seed, epoch, "views")
+            hits, rng = torch.zeros(k, device=device), generator(args.seed, epoch, "views")
             for i, (_, x1, x2) in enumerate(
                     batches(images, index, args.batch_size, views, rng, device)):
                 at = epoch * per_epoch + i
@@ -349,11 +357,9 @@ def train(args):
                 loss.backward()
                 optimizer.step()
                 meter.add(loss=loss, **terms)
-                mean_p += p.mean(0) / per_epoch
                 hits.index_add_(0, p.argmax(1), torch.ones_like(p[:, 0]))
-            # 4. The epoch's line. Effective clusters: the exponential of the entropy of the mean P.
+            # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
-            record["effective_clusters"] = torch.special.entr(mean_p.double()).sum().exp().item()
             record["clusters"] = int((hits > 0).sum())
             record["largest"] = (hits.max() / hits.sum()).item()
             record.update(knn_gauge(net.backbone, data, index, statistics, device, epoch, args))
@@ -379,8 +385,8 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
 # shapes, balanced test images, one CPU thread. ACC: k-means on h; kNN and linear: on h, by labels.
-# Means of seeds 0, 1, 2 and the standard deviation of kNN. rival: with --targets sinkhorn
-# --swap-weight 0. Raw pixels: kNN .706.
+# Means of seeds 0, 1, 2 and the standard deviation of kNN. The two columns on the right: the rival,
+# the same with --targets sinkhorn. Raw pixels: kNN .706.
 #                                        ACC   kNN           linear     rival: ACC   kNN
 #     python identitize.py               .987  .994 +- .002  .997              .934  .978 +- .009
 #     --swap-weight 0                    .989  .994 +- .002  .997
@@ -391,13 +397,14 @@ if __name__ == "__main__":
 #     --epochs 8                         .976  .982 +- .009  .992
 #     --epochs 8 --correlate between     .634  .787 +- .167  .931
 #     --epochs 8 --mu 0 --swap-weight 1  .138  .207 +- .025  .260, it collapses
-# The rival with 100 iterations of sinkhorn in place of 3, so that its targets are balanced to 4 %:
-# kNN .948 +- .053, with --imbalance 100 .278 +- .011.
-# --imbalance 100 keeps a quarter of the images: 48 epochs take the steps of 12 with all images.
+# So the rival needs more steps on few images or small batches; with enough steps both have the
+# same kNN. --imbalance 100 keeps a quarter of the images: 48 epochs take the steps of 12 with all.
+# The rival with 100 iterations of sinkhorn in place of 3, which brings the sums of its columns to
+# within 4 % of B / K: kNN .948 +- .053, with --imbalance 100 .278 +- .011.
 # --mu 0: the variance of s falls below the 1e-5 of standardise, n goes to 0, P becomes uniform.
 # Other shapes, drawn with another seed, --epochs 4, kNN, mean of seeds 0, 1, 2: default .877;
-# --swap-weight 0: .880; --swap-weight 1, with sharper targets, softmax(2 n): .812. K 16 and lam .2
-# were chosen there, so that correlation.png can be read: K 64 and lam .045 give a little more.
+# --swap-weight 0: .880; --swap-weight 1, with sharper targets, softmax(2 n): .812. K 64 and lam
+# .045 were a little better there; K 16 and lam .2 make correlation.png readable.
 # CIFAR-10 (saved as JPEG), 10,000 images, tested on 5,000 other training images, --width 16
 # --stem-stride 2 --batch-size 64 --epochs 8, seeds 0, 1: kNN .441 .438; with (1 - M_kk)^2 in place
 # of 1 - M_kk, and --lam .02: .417 .436.

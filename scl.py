@@ -28,25 +28,25 @@ agree, and their product chooses the image's cluster for the steps that follow.
       loss that knows clusters does this                depend on the clusters
     visual similarity of instances and boundaries     visual_prediction, Network.classifier,
       between clusters have to be consistent            consistency_loss
-    the classes are guessed by the consensus          consensus, in every step
+    the classes are guessed by the consensus          consensus, in every step after the warm-up
 
     symbol    in the code      shape     meaning (B images in a batch, N in all, K clusters)
     h         h                2B x D    backbone features of both views, D = 8 * --width
     z         z                2B x 128  embeddings of both views, of unit length
-    M, m_j    memory           N x 128   one row for each training image, of unit length
+    M         memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
-    e         e                2B x N    exponentials: similarity to each row of M, or (2B x 2B)
-                                         to each view of the batch
+    e         e                2B x 2B   exp(similarity / tau), to each view of the batch; for pv
+                                         2B x N, to each row of M
     S         votes            2B x K    e, summed over the members of each cluster
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
-    W         classifier       K x D     on h
+    W         classifier       K x D     weights of the classifier, a linear layer on h
     tau       --tau, --memory-tau        temperature in the batch; in the memory
-    a, b      --alpha, --beta:  L = L_sem + a L_con + b L_bal, the last two after the warm-up, if
-              a > 0. f is the backbone, g the head
+    a, b      --alpha, --beta            L = L_sem + a L_con + b L_bal; in the warm-up, and if a is
+                                         0, L_sem alone. f is the backbone, g the head
 
 Choices of ours, which may differ from the paper
-    D1  L_sem contrasts the views of a batch. A second one, against the memory, with near rows of
-        the same cluster as more positives, cost much and gave no better clusters (section 6).
+    D1  L_sem contrasts the views of a batch. We tried a second L_sem, against the memory, in which
+        near rows of the same cluster are pulled, too: slow, and no better clusters (section 6).
     D2  In the warm-up, 70 % of the epochs, each image is its own cluster. Then the schedule of the
         learning rate starts again. The baseline does the same, but keeps one cluster per image.
     D3  The first clusters come from k-means on the memory, which runs once. After that, each step
@@ -67,22 +67,23 @@ from torch import nn
 
 from common import (Meter, Parser, Run, autocast, baselines, batches, clustering, color_jitter,
                     cosine_lr, describe, embed, embed_both, evaluate, fast_dtype, fetch, generator,
-                    heatmap, kmeans, logistic_regression, normalise, number, pixel_statistics,
-                    prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
-                    run_script, save_picture, save_views, score, set_lr, to_device)
+                    heatmap, kmeans, knn_gauge, logistic_regression, normalise, number,
+                    pixel_statistics, prepare, print_scores, random_grayscale,
+                    random_resized_crop, resnet18, run_script, save_picture, save_views, score,
+                    set_lr, to_device)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
 # Anchors are the 2B views of the batch. Candidates are the same views for L_sem, and the N rows of
-#    the memory for pv. The functions below have A anchors and J candidates; m_j: any candidate.
+#    the memory for pv. The functions below have A anchors z_i and J candidates y_j.
 # Which loss trains what: L_sem trains g. L_con trains g by pv, and W by ps. L_bal trains W. All of
 #    them train f. No gradient enters the memory.
-# How an anchor is kept from being its own candidate: in the batch e_ii is not used, because only
-#    the other view is pulled and only other clusters are pushed. In training its own row of the
-#    memory has no vote: it would vote for the cluster that the image already has.
+# No anchor is its own candidate. In the batch e_ii is not used, because only the other view is
+#    pulled and only other clusters are pushed. In training an image's own row of the memory has no
+#    vote for it, since it would vote for the cluster that the image already has.
 # What prevents collapse: with all images in one cluster nothing is pushed, so L_sem is 0, its
-#    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So of the
-#    losses only L_bal, by ps alone, is against collapse. An empty cluster has pv 0 and stays empty
+#    minimum. If ps puts them there, too, L_con is 0 and L_bal is ln K, its maximum. So L_bal is the
+#    only loss against collapse, and it acts on ps alone. An empty cluster has pv 0 and stays empty
 #    in spite of L_bal: a good start (D3) and votes by the mean (D5) matter more.
 # Why a memory beside the batch: of 64 images and ten clusters, about six are of the anchor's own
 #    cluster. These are too few for votes.
@@ -91,10 +92,10 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 
 
 def exponentials(z, candidates, tau):
-    """e_ij = exp(z_i . m_j / tau)
+    """e_ij = exp(z_i . y_j / tau)
 
-    z (A, 128) anchors, candidates m (J, 128), rows of unit length; tau .03 or more, which keeps
-    e^(1/tau) and sums of it finite. -> (A, J). Under autocast the product alone is bfloat16."""
+    z: (A, 128) anchors, candidates y: (J, 128), rows of unit length; tau .03 or more, which keeps
+    e^(1/tau) and sums of it finite. -> (A, J). Under autocast z_i . y_j is rounded to bfloat16."""
     return (z / tau @ candidates.t()).to(z.dtype).exp()
 
 
@@ -140,9 +141,10 @@ def visual_prediction(votes, clusters):
     """pv_ik = (S_ik / n_k) / sum_l (S_il / n_l),   n_k: the size of cluster k
 
     The cluster of an image by what it looks like: how similar it is to the members of each cluster
-    in the mean (D5). n_k counts the anchor's own row, although it has no vote in training: so one n
-    serves all anchors, and the own cluster counts too little by a share 1/n_k. votes S (A, K),
-    clusters c (J,) of the candidates. -> (A, K), rows sum to 1; an empty cluster gets 0."""
+    in the mean (D5). n_k counts the anchor's own row, too, although it has no vote in training. So
+    the same n serves all anchors, and the anchor's own cluster counts too little by a share 1/n_k.
+    votes S (A, K), clusters c (J,) of the candidates. -> (A, K), rows sum to 1; an empty cluster
+    gets 0."""
     ones = torch.ones_like(clusters, dtype=votes.dtype)
     size = votes.new_zeros(votes.shape[1]).index_add(0, clusters, ones)         # K
     mean = votes / size.clamp(min=1)                                            # AxK
@@ -170,8 +172,8 @@ def balance_loss(logits):
 def update_memory(memory, rows, z, momentum):
     """m_r <- v / ||v||,   v = momentum m_r + (1 - momentum) z_i,   r = rows_i
 
-    memory (N, 128), changed in place, and z (B, 128), the mean of an image's two views, have rows
-    of unit length; rows (B,): where the images stand in the memory, all different. Momentum 0
+    memory: (N, 128), changed in place. z: (B, 128), the mean of an image's two views. Rows of both
+    have unit length. rows: (B,), where the images stand in the memory, all different. Momentum 0
     keeps the newest, 1 the oldest. No gradient enters the memory."""
     mixed = momentum * memory[rows] + (1 - momentum) * z.detach()
     memory[rows] = F.normalize(mixed, dim=1)
@@ -203,7 +205,7 @@ class Network(nn.Module):
 # 3. The views, and the hand-over from the warm-up to clusters
 
 def make_views(args, statistics):
-    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each"""
+    """-> function of (raw images (B, 3, H, W) in [0, 1], generator) -> two views of each (D6)"""
     j = args.jitter
 
     def view(x, rng):
@@ -219,7 +221,7 @@ def fit_classifier(classifier, h, clusters):
     spoil the clusters by its part in the consensus."""
     mean, std = h.mean(0), h.std(0).clamp(min=1e-6)
     w = logistic_regression((h - mean) / std, clusters, classifier.out_features, decay=1e-3)
-    classifier.weight.copy_((w[1:] / std[:, None]).t())            # for h before standardising;
+    classifier.weight.copy_((w[1:] / std[:, None]).t())            # now it takes h as it is
     classifier.bias.copy_(w[0] - mean / std @ w[1:])               # w[0] is the bias
 
 
@@ -253,15 +255,17 @@ def parse(argv=None):
     add("--gray", type=number(float, 0, 1), default=.2, help="probability of a grey view")
     add = parser.method
     add("--warmup", type=number(float, 0, 1), default=.7, help="share of epochs without "
-        "clusters; with 0 the first ones are random")
+        "clusters; with 0 the first clusters are random")
     add("--contrast", choices=("semantic", "instance"), default="semantic", help="instance: each "
         "image stays its own cluster in L_sem; with --alpha 0 the baseline")
-    add("--alpha", type=number(float, 0), default=1., help="a, of L_con; 0: pv alone, no L_bal")
+    add("--alpha", type=number(float, 0), default=1., help="a, weight of L_con; with 0 pv alone "
+        "chooses the clusters, and L_bal is off")
     add("--beta", type=number(float, 0), default=2., help="b, weight of L_bal")
     add("--frozen", action="store_true", help="keep the first clusters: no consensus")
-    add("--tau", type=number(float, .03), default=.2, help="tau in the batch")
-    add("--memory-tau", type=number(float, .03), default=.1, help="tau in the memory")
-    add("--momentum", type=number(float, 0, 1), default=.5, help="of the rows of the memory")
+    add("--tau", type=number(float, .03), default=.2, help="temperature of L_sem")
+    add("--memory-tau", type=number(float, .03), default=.1, help="temperature of the votes")
+    add("--momentum", type=number(float, 0, 1), default=.5, help="weight of the old row in the "
+        "moving average of the memory")
     return parser.parse(argv, DEFAULTS)
 
 
@@ -273,9 +277,10 @@ def losses(z, logits, rows, memory, clusters, args):
     images in the memory (N, 128); its clusters (N,), None in the warm-up and for the baseline.
     -> L, {its terms}, pv and ps (2B, K), None without clusters"""
     b, k = len(rows), logits.shape[1]
-    twin = torch.arange(2 * b, device=z.device).roll(b)            # the other view; % b: the image
+    image = torch.arange(b, device=z.device).repeat(2)             # 2B: 0, ..., b - 1, twice
+    twin = torch.arange(2 * b, device=z.device).roll(b)            # 2B: the other view of the image
     alone = clusters is None or args.contrast == "instance"        # each image is its own cluster
-    c, count = (twin % b, b) if alone else (clusters[rows].repeat(2), k)         # of both views: 2B
+    c, count = (image, b) if alone else (clusters[rows].repeat(2), k)           # c: 2B
     e = exponentials(z, z, args.tau)                                            # 2Bx2B
     loss = semantic_contrastive_loss(e, cluster_votes(e, c, count), twin, c)
     terms = {"semantic": loss}
@@ -293,16 +298,16 @@ def losses(z, logits, rows, memory, clusters, args):
 
 @torch.no_grad()
 def consensus(pv, ps, alpha=1.):
-    """argmax_k pv_ik ps_ik, each the mean of an image's two views; if alpha is 0, nothing trains W,
-    and pv alone decides. pv, ps (2B, K) -> clusters (B,) and cells (B,) of agreement.png, which are
-    K argmax pv + argmax ps"""
+    """argmax_k pv_ik ps_ik, where pv and ps are means over an image's two views. With alpha 0
+    nothing trains W, so pv alone decides. pv, ps: (2B, K). -> clusters (B,), and the cells (B,) of
+    agreement.png in which the images count, K argmax pv + argmax ps"""
     pv, ps = (sum(p.chunk(2)) / 2 for p in (pv, ps))                            # BxK each
     return (pv * ps if alpha else pv).argmax(1), pv.argmax(1) * pv.shape[1] + ps.argmax(1)
 
 
 def predictions(net, h, memory, clusters, tau):
-    """Features (B, D) of un-augmented images -> pv, ps (B, K). All rows vote, for a training
-    image also its own, so that it tends a little to its last cluster."""
+    """Features (n, D) of un-augmented images -> pv, ps (n, K). All rows of the memory vote. For a
+    training image its own row votes, too, so the image tends a little to its last cluster."""
     k = net.classifier.out_features
     votes = torch.cat([cluster_votes(exponentials(z, memory, tau), clusters, k)
                        for z in net.embedding(h).split(256)])
@@ -313,7 +318,8 @@ def predictions(net, h, memory, clusters, tau):
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
     """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
-    pictures. The abstract does not say which prediction is the result: clusters.csv has pv."""
+    pictures. The abstract does not say which prediction is the result: clusters.csv has argmax pv.
+    """
     k, table = net.classifier.out_features, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
@@ -333,7 +339,7 @@ def report(args, run, data, net, untrained, index, memory, clusters, statistics,
     if data.classes:
         table = baselines(data, untrained, statistics, k, args.seed, index, device)
         table.update({"k-means, features": on_h, "k-means, embedding": on_z})
-        table.update({name: score(data, this, k) for name, this in finals.items()})
+        table.update({name: score(data, final, k) for name, final in finals.items()})
         print_scores(table, data)
     raw = fetch(data.train.images, index[:8], torch.device("cpu"))
     fed = views(raw, generator(args.seed, 0, "picture"))
@@ -370,8 +376,12 @@ def train(args):
         # 3. Epochs: from epoch `warm` on with clusters (not for the baseline). In each part the
         #    learning rate rises for a tenth of the steps, then it falls to 0.
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
+        semantic = args.alpha or args.contrast == "semantic"       # else it is the baseline
+        if semantic and warm == args.epochs and args.warmup < 1:
+            print(f"note: --warmup {args.warmup} of {warm} epochs is all of them: this run only "
+                  f"contrasts images, and its clusters are those of k-means")
         for epoch in range(run.epoch, args.epochs):
-            if epoch == warm and (args.alpha or args.contrast == "semantic"):
+            if epoch == warm and semantic:
                 clusters = hand_over(net, images, index, memory, statistics, args)
             first, last = (0, warm) if epoch < warm else (warm, args.epochs)
             steps, before = (last - first) * per_epoch, copy.deepcopy(clusters)
@@ -387,9 +397,11 @@ def train(args):
                 loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, args)
                 optimizer.zero_grad()
                 loss.backward()
-                if clusters is None or not args.alpha:             # W has no part in the loss: then
-                    net.classifier.zero_grad()                     # --compile gives it gradient 0,
-                optimizer.step()                                   # and Adam would move it
+                if clusters is None or not args.alpha:
+                    # W is not in the loss. With --compile its gradient is 0 and not None, and Adam
+                    # would move it.
+                    net.classifier.zero_grad()
+                optimizer.step()
                 meter.add(loss=loss, **terms)
                 if clusters is not None:
                     chosen, pair = consensus(pv, ps, args.alpha)
@@ -406,11 +418,12 @@ def train(args):
                 record.update(agreement=(joint.trace() / joint.sum()).item(),
                               moved=(clusters != before).float().mean().item(),
                               clusters=int((sizes > 0).sum()), largest=sizes.max().item())
+            record.update(knn_gauge(net.backbone, data, index, statistics, device, epoch, args))
             run.end_epoch(record, per_epoch * args.batch_size, net=net, optimizer=optimizer,
                           memory=memory, clusters=clusters, joint=joint)
             if record.get("largest", 0) > max(.5, 1.8 / k):        # 90 % where K is 2
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
-        # 5. The report. Labels are used from here on and never before.
+        # 5. The report. Labels are used from here on and never before, except for knn_gauge.
         report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
                device)
 
@@ -432,15 +445,16 @@ if __name__ == "__main__":
 #     --contrast instance --alpha 0, by k-means on h    .970 +- .016  .952  .938  .985
 #         by k-means on z                               .977 +- .005  .957  .950  .987
 #     with L_sem against the memory, too (D1), by pv    .969 +- .041  .972  .955
-# Parts left out, seeds 0, 1, 2, by pv: nothing .993 +- .001; --contrast instance .976 +- .005;
-#     --frozen, --beta 0, --alpha 0: .989 +- .002 each. So clusters in the contrast matter most.
-# 10,000 images, options F and C of the README, seeds 0, 1, 2 (CIFAR-10: images saved as JPEG):
+# Parts left out, seeds 0, 1, 2, ACC by pv: none .993 +- .001; --contrast instance .976 +- .005;
+#     --frozen, --beta 0, --alpha 0: .989 +- .002 each. So on shapes clusters in the contrast matter
+#     most.
+# 10,000 images, options $F and $C of the README, seeds 0, 1, 2 (CIFAR-10: images saved as JPEG):
 #     Fashion-MNIST, by pv                              .632 +- .005  .582  .471
 #         baseline, by k-means on h                     .623 +- .008  .558  .441  .777
 #         baseline, by k-means on z                     .632 +- .022  .560  .445  .774
 #     CIFAR-10, by pv                                   .313 +- .016  .194  .118
 #         baseline, by k-means on h                     .306 +- .014  .186  .110  .506
 #         baseline, by k-means on z                     .312 +- .012  .186  .113  .501
-# So on these two the joint clusters are as good as those of k-means, and kNN on h falls, to .766
+# So on these two the clusters of SCL are as good as those of k-means, but kNN on h is lower: .766
 #     and .475. With 50,000 rows, width 16, on one core: 1,004 images/s without clusters, 389 in
 #     the first epoch with them, k-means included.

@@ -309,7 +309,7 @@ GOES_ON = {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "neighbours.p
 def test_a_folder_with_any_file_that_a_run_writes_is_refused(script, labelled, complete, refused,
                                                              tmp_path):
     args = complete(script, labelled)[1]
-    names = sorted(path.name for path in Path(args.out).iterdir())
+    names = sorted(path.name for path in Path(args.out).glob("[!.]*"))
     assert len(names) > 8 and not [name for name in names if name.endswith(".tmp")]
     for name in names:
         (tmp_path / name).mkdir()

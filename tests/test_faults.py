@@ -213,11 +213,14 @@ def test_labels_never_reach_the_training(script, whole, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Interrupted, or not alone
 
-def wait_for(path):
+def wait_for(path, text=""):
+    """Until the file is there and holds the text."""
     limit = time.time() + 120
-    while not os.path.exists(path) and time.time() < limit:
+    while time.time() < limit:
+        if os.path.exists(path) and (not text or text in Path(path).read_text()):
+            return
         time.sleep(.01)
-    assert os.path.exists(path)
+    raise AssertionError(f"{path} {text}")
 
 
 def stopped_by(number, script, folder, *more):
@@ -256,8 +259,8 @@ def slowly():
 def test_a_run_is_stopped_by_sigterm_and_resumed_but_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "run"
     stopped_by(signal.SIGTERM, "identitize", folder)
-    first = start("identitize", folder, "--resume", prepare=(slowly,))
-    wait_for(folder / "lock")
+    first = start("identitize", folder, "--resume", prepare=(slowly,), output=f"{folder}1.txt")
+    wait_for(f"{folder}1.txt", "resuming")                         # it holds the lock
     code, text = finish("identitize", folder, "--resume", output=f"{folder}2.txt")
     assert code == 2 and "another process" in text.splitlines()[-1], text
     assert first.exitcode is None                                  # it was not disturbed

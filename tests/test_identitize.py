@@ -511,3 +511,26 @@ def test_the_default_run_learns_what_pixels_and_a_random_network_do_not_show(
     assert ours["kmeans"]["acc"] > max(pixels["kmeans"]["acc"], untrained["kmeans"]["acc"]) + .4
     assert ours["knn"] > max(pixels["knn"], untrained["knn"]) + .15
     assert ours["linear"] > untrained["linear"] + .25
+
+
+def test_the_rival_has_no_swapped_assignments(capsys):
+    assert identitize.parse(["--targets", "sinkhorn"]).swap_weight == 0
+    with pytest.raises(SystemExit, match="^2$"):
+        identitize.parse(["--targets", "sinkhorn", "--swap-weight", ".1"])
+    assert "leave out --swap-weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n, shown", [(6000, 2000), (300, 300)])
+def test_the_matrix_for_the_picture_is_of_images_of_all_classes(n, shown, monkeypatch):
+    seen = []
+
+    def batches(images, index, *_):
+        seen.append(index)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(identitize, "batches", batches)
+    with pytest.raises(KeyboardInterrupt):
+        identitize.matrix_now(torch.nn.Identity(), None, torch.arange(n), None,
+                              identitize.parse([]), None)
+    index, = seen
+    assert len(index.unique()) == shown
+    assert set((index % 10).tolist()) == set(range(10))            # shapes come in the order 0 to 9

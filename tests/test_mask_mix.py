@@ -524,3 +524,12 @@ def test_each_masked_view_is_one_of_its_own_complete_view():
     assert not torch.equal(x1, x2)
     for x, u in ((x1, u1), (x2, u2)):
         assert ((u == x) | (u == 0)).all() and not torch.equal(u, x)
+
+
+def test_a_mask_that_would_erase_no_cell_is_refused(capsys):
+    for flags in (["--mask-ratio=.007"], ["--mask-grid=1"], ["--mask-grid=4", "--mask-ratio=.03"]):
+        with pytest.raises(SystemExit, match="^2$"):
+            mask_mix.parse(flags)
+        assert "erases none" in capsys.readouterr().err
+    assert mask_mix.parse(["--mask-ratio", "0"]).mask_ratio == 0   # asked for in so many words
+    assert mask_mix.parse(["--mask-grid", "1", "--mask-share", "0"]).mask_grid == 1

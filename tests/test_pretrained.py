@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import urllib.error
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def test_heads_learn_on_features_that_are_computed_once(
         photos, weights, tmp_path, capsys, monkeypatch):
     found = heads(photos, weights, tmp_path / "a")
     text = capsys.readouterr().out
-    assert found["labels_seen"] and "they learned from labels" in text
+    assert found["labels_seen"] is True and "they learned from labels" in text
     assert {"raw pixels", f"{SMALL} + k-means", "SCAN heads"} <= found["scores"].keys()
     assert "Step 3 is left out" in text
     # The next run takes the features from the cache: the backbone embeds no image.
@@ -192,20 +193,48 @@ def test_only_small_copies_of_the_images_are_kept(photos, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_labels_there_are_sheets_and_the_agreement_with_k_means(
-        photos, weights, tmp_path, capsys):
-    weights = {k: v for k, v in weights.items() if not k.startswith("classifier.3")}
+@pytest.mark.parametrize("classes", [0, 365])      # no classifier; one that is not of ImageNet
+def test_without_labels_there_are_sheets_and_the_source_of_the_weights_is_not_guessed(
+        photos, weights, tmp_path, capsys, classes):
+    weights = {k: v[:classes] if k.startswith("classifier.3") else v for k, v in weights.items()
+               if classes or not k.startswith("classifier.3")}
     found = heads(photos, weights, tmp_path / "a", "--unlabelled", "--clusters", "3")
     text = capsys.readouterr().out
-    assert not found["labels_seen"] and "count as learned without labels" in text
-    assert "ARI of" in text and "ACC" not in text and (tmp_path / "a" / "sheets").is_dir()
+    assert found["labels_seen"] == "unknown" and "not known here" in text
+    assert "ACC" not in text and (tmp_path / "a" / "sheets").is_dir()
     assert "--threshold" not in text               # that of step 3, which heads alone do not have
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_models_that_torchvision_warns_of_are_built_without_a_warning(name, recwarn):
-    scan.frozen_backbone(name, 96)
+def test_two_models_are_built_without_a_warning_and_for_the_pixels_that_torchvision_gives_them(
+        name, recwarn):
+    backbone, _, _ = scan.frozen_backbone(name, 96)
     assert not recwarn.list
+    # As torchvision builds them with its weights: pixels normalised as for all its models come in.
+    assert backbone[1].transform_input
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_h_14"])
+def test_a_vision_transformer_is_built_for_the_size_of_its_weights(name):
+    about = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    with torch.device("meta"):                                     # vit_h_14: 2.5 GB of weights
+        backbone, _, _ = scan.frozen_backbone(name, about.crop_size[0])
+    assert backbone[1].image_size == about.crop_size[0]
+
+
+def test_a_model_that_needs_the_version_of_its_state_is_loaded(tmp_path):
+    state = torchvision.models.mnasnet0_5().state_dict()
+    model, _ = load(state, tmp_path / "w.pth", "mnasnet0_5")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_old_names_in_torchvisions_files_for_densenet_are_understood(tmp_path):
+    state = torchvision.models.densenet121().state_dict()
+    old = {re.sub(r"(denselayer.*\.(norm|conv))([12])\.", r"\1.\3.", k): v
+           for k, v in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    model, _ = load(old, tmp_path / "w.pth", "densenet121")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow

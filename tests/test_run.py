@@ -1,6 +1,7 @@
 """The run folder: nothing is overwritten, nothing lost, nothing damaged or foreign taken in."""
 import copy
 import csv
+import fcntl
 import io
 import json
 import math
@@ -84,7 +85,7 @@ def log_of(folder):
 
 
 def contents(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name != "lock"}
+    return {f.name: f.read_bytes() for f in folder.glob("[!.]*") if f.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,19 +228,14 @@ def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, r
     assert resumed(tmp_path / "run") == (2, 2.)
 
 
-def test_a_lock_left_by_a_kill_locks_nothing(tmp_path):
+def test_a_lock_left_by_a_kill_locks_nothing_and_one_at_a_time_writes_to_the_end(tmp_path):
     folder = finished(tmp_path / "run")
-    (folder / "lock").touch()
-    assert resumed(folder) == (3, 3.)
-    assert not (folder / "lock").exists()
-
-
-def test_a_file_of_the_user_that_is_called_lock_stays_as_it_is(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "lock").write_text("the numbers of my bicycle lock")
-    folder = finished(tmp_path / "run")
-    assert resumed(folder) == (3, 3.)
-    assert (folder / "lock").read_text() == "the numbers of my bicycle lock"
+    assert resumed(folder) == (3, 3.) and (folder / ".lock").exists()
+    # A third process that opened the lock before the first one ended waits for the second one.
+    third = open(folder / ".lock", "a")
+    with open_run(folder, resume=True), pytest.raises(BlockingIOError):
+        fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    third.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -703,7 +699,7 @@ def test_backbone_pt_is_the_state_dict_of_the_backbone(tmp_path):
 def test_a_run_leaves_only_files_that_it_knows(tmp_path, labelled, m, of_files):
     data = images_of(8, m, labelled)
     end(tmp_path / "run", data._replace(decoding={"fit": "crop"} if of_files else {}))
-    names = {f.name for f in (tmp_path / "run").iterdir()}
+    names = {f.name for f in (tmp_path / "run").glob("[!.]*")}
     assert {"log.jsonl", "checkpoint.pt", "backbone.pt", "result.json", "clusters.csv",
             "prototypes.png", "curves.png"} <= names <= set(Run.FILES)
     assert ("confusion.png" in names) is labelled

@@ -457,3 +457,13 @@ def test_the_consensus_is_a_product_and_not_a_sum():
     # Products .03, .075, .07; sums .65, .55, .8.
     pv, ps = torch.tensor([[.6, .3, .1]] * 2), torch.tensor([[.05, .25, .7]] * 2)
     assert scl.consensus(pv, ps)[0].tolist() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("flags, noted", [
+    ("--epochs 1 --warmup .7", True), ("--epochs 2 --warmup .3", False), ("--warmup 1", False),
+    ("--epochs 1 --warmup .7 --contrast instance --alpha 0", False)])
+def test_a_run_too_short_for_clusters_says_so(tmp_path, capsys, flags, noted):
+    trained(tmp_path / "run", *flags.split())
+    assert ("its clusters are those of k-means" in capsys.readouterr().out) == noted
