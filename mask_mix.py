@@ -292,7 +292,7 @@ def report(args, run, data, online, target, untrained, index, clusters, statisti
     for net in (online, target):
         # Estimate BatchNorm's running statistics again, from whole images: in training they came
         # from crops, and in the online network also from masked views and mixes.
-        parts = index.tensor_split(max(1, len(index) // 512))
+        parts = index.chunk(max(1, len(index) // 512))
         complete = (normalise(fetch(images, part, device), statistics) for part in parts)
         with autocast(device):
             update_bn(complete, nn.Sequential(net, net.predictor))
@@ -516,8 +516,8 @@ def detect(args):
     device, folder, table = pick_device(args.device), Path(args.out or args.detect), {}
     if (folder / "detection.json").exists():
         raise UserError(f"{folder} already holds detection.json: choose another folder with --out")
+    torch.manual_seed(args.seed)
     nets = {run: read_backbone(run) for run in (args.detect, args.against) if run}
-    torch.manual_seed(args.seed)                                   # with and without --against
     nets["random network"] = read_backbone(args.detect, trained=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)

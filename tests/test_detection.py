@@ -271,25 +271,6 @@ def test_against_without_detect_is_refused(capsys):
     assert "--against needs --detect" in capsys.readouterr().err
 
 
-def test_the_random_network_is_the_same_with_another_run_beside_it(tmp_path, monkeypatch):
-    finished_run(tmp_path)
-    (other := tmp_path / "other").mkdir()
-    finished_run(other)
-    read, random = mask_mix.read_backbone, []
-
-    def look(folder, trained=True):
-        found = read(folder, trained)
-        if not trained:
-            random.append(found[0].conv1.weight)
-            raise KeyboardInterrupt
-        return found
-    monkeypatch.setattr(mask_mix, "read_backbone", look)
-    for more in ([], ["--against", str(other)]):
-        with pytest.raises(SystemExit):
-            mask_mix.main(["--detect", str(tmp_path), *more])
-    assert torch.equal(*random)
-
-
 def test_detect_trains_on_scenes_of_its_own_from_the_same_start(tmp_path, monkeypatch):
     state = finished_run(tmp_path)
     drawn, thresholds, fed, starts, draw = [], [], [], [], mask_mix.draw_scenes
