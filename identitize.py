@@ -371,7 +371,7 @@ def train(args):
             if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
-        # 5. The report. Labels are used from here on; before only by --imbalance and knn_gauge.
+        # 5. The report. Labels are used from here on; before only by knn_gauge and --imbalance.
         report(args, run, data, net, untrained, index, clusters, statistics, views, matrices)
 
 

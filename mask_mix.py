@@ -364,7 +364,7 @@ def train(args):
             record.update(knn_gauge(online.backbone, data, index, statistics, device, epoch, args))
             run.end_epoch(record, per_epoch * args.batch_size, online=online, target=target,
                           optimizer=optimizer)
-        # 5. The report. Labels are used from here on and never before, except for knn_gauge.
+        # 5. The report. Labels are used from here on; before only by knn_gauge.
         report(args, run, data, online, target, untrained, index, clusters, statistics, views,
                device)
 

@@ -414,6 +414,7 @@ DEFAULTS = {
     "folder": dict(epochs=200, batch_size=None, optimizer="adam", lr=1e-3, width=32, stem_stride=2,
                    self_label_epochs=50, self_label_batch=250),
 }
+STEP_1 = "epochs batch_size lr optimizer crop jitter gray temperature nt_xent".split()
 # Heads on a frozen backbone (D9): our choice, for any data set (section 7). There is no step 1.
 FROZEN = dict.fromkeys((*NAMES, "folder"), dict(
     batch_size=None, heads=10, cluster_epochs=30, cluster_batch=512, cluster_lr=1e-2))
@@ -439,8 +440,8 @@ def parse(argv=None):
     add("--weights", metavar="FILE", help="a file of weights for that model; else torchvision's")
     add("--assign", metavar="RUN", help="train nothing: give the images of --dataset the clusters "
         "of a finished run of scan.py")
-    add("--neighbours", type=number(int, 0), help="how many are mined for each image; 0: none but "
-        "itself; else by the number of images")
+    add("--neighbours", type=number(int, 0), help="how many are mined for each image, 0: none but "
+        "itself; without the flag as the number of images allows")
     add("--entropy-weight", type=number(float, 0), default=5., help="lambda of Eq. (2)")
     add("--heads", type=number(int, 1), default=1, help="how many cluster heads learn; the one of "
         "the lowest loss is kept")
@@ -467,13 +468,14 @@ def parse(argv=None):
         parser.error(f"--assign and {others[0]} exclude each other")
     if args.assign and "--dataset" not in typed:
         parser.error("--assign needs --dataset, the new images")
-    idle = set("--epochs --batch-size --lr --optimizer --crop --jitter --gray --temperature "
-               "--nt-xent".split())                                # of step 1
+    idle = {"--" + name.replace("_", "-") for name in STEP_1}
     if frozen:                                                     # nor is there a step 3
         idle |= set("--width --stem-stride --unsafe --weak-pass --self-label-epochs "
                     "--self-label-batch --self-label-lr".split())
-    if args.pretext and idle & typed:
-        print(f"without effect beside --pretext: {', '.join(sorted(idle & typed))}")
+    if args.pretext:
+        args.batch_size = None             # a small set need not allow the batch of step 1
+        if idle & typed:
+            print(f"without effect beside --pretext: {', '.join(sorted(idle & typed))}")
     return args
 
 
@@ -725,7 +727,9 @@ def train(args):
     if args.pretext in MODELS:
         return train_heads(args)
     # 1. The data, checked before anything is written. index: the training images to learn from.
-    device, data, index, clusters = prepare(args, DEFAULTS)
+    used = {name: {k: v for k, v in chosen.items() if not args.pretext or k not in STEP_1}
+            for name, chosen in DEFAULTS.items()}
+    device, data, index, clusters = prepare(args, used)
     n, size = len(data.train.images), data.train.images.shape[-1]
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
     # later: those of steps 2 and 3. On STL-10 the 5,000 of its train split; step 1 takes all.
@@ -791,7 +795,7 @@ def train(args):
         found = clusters_of(embed_both(net, data, statistics, device))
         if args.self_label_epochs and not notes["left_out"] and data.classes:
             notes["scores"]["+ self-label"] = score(data, found, clusters)
-        # 6. The report. So far labels served to print accuracies, and to tell STL-10's two splits.
+        # 6. The report. Before, labels served to print scores and to tell STL-10's two splits.
         raw, rng = fetch(data.train.images, later[:8], device), generator(0, 0, "picture")
         fed = [views[name](raw, rng) for name in ("simclr", "simclr", "strong", "strong")]
         save_views(run.folder / "views.png", raw, fed, statistics)

@@ -423,7 +423,7 @@ def train(args):
                           memory=memory, clusters=clusters, joint=joint)
             if record.get("largest", 0) > max(.5, 1.8 / k):        # 90 % where K is 2
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
-        # 5. The report. Labels are used from here on and never before, except for knn_gauge.
+        # 5. The report. Labels are used from here on; before only by knn_gauge.
         report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
                device)
 

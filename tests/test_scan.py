@@ -3,6 +3,7 @@ import csv
 import inspect
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -619,3 +620,15 @@ def test_a_strong_view_is_mirrored_half_of_the_time_and_cut_by_the_released_size
     mirrored = (out == x.flip(3)).flatten(1).all(1)
     assert (mirrored | (out == x).flatten(1).all(1)).all() and cut == [longest]
     assert abs(mirrored.float().mean() - .5) < .15
+
+
+@pytest.mark.slow
+def test_with_a_backbone_the_settings_of_step_1_are_neither_printed_nor_in_the_way(
+        few_shapes, tmp_path, capsys):
+    torch.save(common.resnet18(32, 16, 2).state_dict(), tmp_path / "backbone.pt")
+    scan.train(scan.parse([
+        "--pretext", str(tmp_path / "backbone.pt"), "--train-size", "30", "--cluster-epochs", "1",
+        "--self-label-epochs", "0", "--device", "cpu", "--out", str(tmp_path / "a")]))
+    line, = re.findall("^settings for .*$", capsys.readouterr().out, re.M)
+    assert "--cluster-epochs" not in line and "--cluster-lr" in line   # the first was given
+    assert not re.search("--(epochs|batch-size|lr|optimizer|crop|nt-xent) ", line)
