@@ -51,7 +51,7 @@ Choices of ours, which may differ from the paper
     D3  Standardising gives every cluster the same variance in each batch, if it is not constant.
         This is a mild balancing of its own. The loss has no term about the sizes of clusters.
     D4  L_swap takes n1, n2 and not s1, s2: swapped_assignment_loss says why. With or without
-        L_swap the scores are the same (section 6).
+        L_swap kNN is the same (section 6).
     D5  Views, head, K, the weights, optimizer and schedule are ours.
 
     python identitize.py                                # ten kinds of shapes, on a laptop
@@ -145,7 +145,7 @@ def sinkhorn(s, epsilon=.05, iterations=3):
     brings the shares of all clusters in the batch closer to each other (the Sinkhorn algorithm).
     SwAV does so 3 times. With the small epsilon of the dataset shapes the columns of a trained
     network then still sum to B / (3K) up to 3B / K; section 6 tries 100 iterations.
-    s: (B, K) scores. -> (B, K); rows sum to 1, columns nearer to B / K with each iteration."""
+    s: (B, K) scores. -> (B, K); rows sum to 1, columns roughly to B / K."""
     q = s.float() / epsilon
     for _ in range(iterations):
         q = q - q.logsumexp(0, keepdim=True)

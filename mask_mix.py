@@ -12,7 +12,7 @@ network predicts what a slowly moving target network says about another view. Tw
 these positives (pairs that have to agree) harder. Masking: the online network sees some views with
 random cells of a grid erased, and still has to predict the target of the complete other view.
 Mixing: the features of two images are mixed, and the prediction of this virtual sample has to lie
-between their targets. View 1 predicts view 2 here (symbols below), and view 2 view 1 alike:
+between their targets. Below, view 1 predicts view 2; view 2 predicts view 1 in the same way.
 
          x1, masked or not: u1 -> f -> h1 -------------------> g -> q -> p      vs t2            L_g
         /                               \ mixed with h1[pi] -> g -> q -> p_mix  vs t2 and t2[pi] L_f
@@ -31,7 +31,7 @@ between their targets. View 1 predicts view 2 here (symbols below), and view 2 v
     symbol    in the code        shape            meaning
     v         v = [x1; x2]       2B x 3 x H x W   complete views
     u         u = [u1; u2]       2B x 3 x H x W   the same, masked with probability --mask-share
-    f, g, q   Network                             backbone, projector, predictor; f', g': target's
+    f, g, q   Network                             backbone, projector, predictor; f', g': the target
     h         h                  2B x 8w          backbone features, w = --width
     z, p      p                  2B x 256         projections g(h), predictions q(g(h))
     t         t                  2B x 256         targets g'(f'(v)) of the other view
@@ -248,8 +248,8 @@ def losses(online, target, v, u, lam, args):
     l_g = regression_loss(p, t)
     l_f = mixed_regression_loss(p_mix, t, lam, partner)            # at w_f = 0 only logged
     loss = (l_g + args.mix_weight * l_f) / (1 + args.mix_weight)
-    # `constant` is the lowest L_g that one and the same p for all images can reach: 2 if the unit
-    # targets have mean 0, else less. While L_g is near it, even if both fall, p tells nothing.
+    # `constant` is the lowest L_g that one p for all images can reach: 2 if the mean of the unit
+    # targets is 0, else less. While L_g is near it, even if both fall, p tells nothing of an image.
     constant = 2 - 2 * F.normalize(t, dim=1).mean(0).norm()
     return loss, {"byol": l_g, "mix": l_f, "constant": constant}
 

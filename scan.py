@@ -728,7 +728,7 @@ def train(args):
         return train_heads(args)
     # 1. The data, checked before anything is written. index: the training images to learn from.
     used = {name: {k: v for k, v in chosen.items() if not args.pretext or k not in STEP_1}
-            for name, chosen in DEFAULTS.items()}
+            for name, chosen in DEFAULTS.items()}                  # to be printed
     device, data, index, clusters = prepare(args, used)
     n, size = len(data.train.images), data.train.images.shape[-1]
     args.batch_size = args.batch_size or max(2, min(256, len(index) // 4))      # of a folder
@@ -807,9 +807,8 @@ def train(args):
 #    into the clusters of a finished run
 
 def load_frozen(args, device):
-    """The model of --pretext with its weights. -> the frozen backbone, whether a classifier of its
-    1,000 classes came with it, pixel statistics, image size, a name for the cache of its features
-    """
+    """The model of --pretext with its weights. -> the frozen backbone, whether a classifier for
+    ImageNet came with it, pixel statistics, image size, a name for the cache of its features"""
     weights = torchvision.models.get_model_weights(args.pretext).DEFAULT
     about = weights.transforms()                                   # the size, mean and std it wants
     size = args.image_size or about.crop_size[0]
@@ -843,8 +842,7 @@ def passing(net, key, size, statistics, device):
 
 
 def outputs_of(data, options):
-    """-> outputs (N, ...) of the network in the options of `passing`, for training and test images
-    """
+    """options: of `passing`. -> outputs (N, ...) of its network for training and test images"""
     _, outputs = options["network"]
     return [outputs(s.images) if s.features is None else s.features
             for s in (data.train, data.test)]

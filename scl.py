@@ -35,8 +35,8 @@ agree, and their product chooses the image's cluster for the steps that follow.
     z         z                2B x 128  embeddings of both views, of unit length
     M         memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
-    e         e                2B x 2B   exp(similarity / tau), to each view of the batch; for pv
-                                         2B x N, to each row of M
+    e         e                2B x 2B   exp(similarity / tau) to each view of the batch; for pv to
+                                         each row of M, 2B x N
     S         votes            2B x K    e, summed over the members of each cluster
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     weights of the classifier, a linear layer on h
@@ -318,8 +318,7 @@ def predictions(net, h, memory, clusters, tau):
 def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
            device):
     """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
-    pictures. The abstract does not say which prediction is the result: clusters.csv has argmax pv.
-    """
+    pictures. The abstract does not say which prediction is the result; clusters.csv follows pv."""
     k, table = net.classifier.out_features, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
