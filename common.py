@@ -243,8 +243,8 @@ def fast_dtype(device):
 
 
 def autocast(device):
-    """For the network alone: float32 weights, bfloat16 products where that is fast. Losses are
-    computed outside it, in float32."""
+    """For networks and other large products: bfloat16 where that is fast; weights stay float32.
+    Losses are computed outside it, in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
@@ -924,12 +924,12 @@ def decode_all(name, paths, size, fit, decoding, network):
 # 5. Views of a batch (B, 3, H, W) in [0, 1], on its device. The CPU draws, for each image anew: a
 #    seed gives the same views on every CPU; others on a GPU, since batches() draws more at once.
 
-def random_resized_crop(x, scale, rng, ratio=(3 / 4, 4 / 3), flip=.5):
+def random_resized_crop(x, scale, rng, flip=.5):
     """torchvision's RandomResizedCrop and RandomHorizontalFlip for a batch. -> (B, 3, H, W)
     scale: range of the share of the area; flip: its probability."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n).uniform_(*scale, generator=rng)
-    aspect = torch.empty(10, n).uniform_(*map(math.log, ratio), generator=rng).exp()
+    aspect = torch.empty(10, n).uniform_(*map(math.log, (3 / 4, 4 / 3)), generator=rng).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     # Like torchvision: the first of ten tries that fits, else the whole image.
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
@@ -1610,7 +1610,7 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Clusters and pictures
+# 10. Pictures, and clusters.csv
 
 def save_picture(path, image):
     """A PIL image as PNG, written atomically."""

@@ -31,7 +31,7 @@ other view.
     more robust to imbalance than cluster balancing,  --imbalance; the rival is --targets sinkhorn,
       and learns from small batches                   the balanced targets of SwAV; --batch-size
 
-    symbol    in the code                  shape    meaning
+    symbol    in the code                  shape    meaning (B images in a batch)
     h         h                            B x D    backbone features, D = 8 * --width; they are
                                                     evaluated
     s         s1, s2                       B x K    cluster scores of two views, K = --clusters-head
@@ -55,8 +55,8 @@ Choices of ours, which may differ from the paper
     D5  Views, head, K, the weights, optimizer and schedule are ours.
 
     python identitize.py                                # ten kinds of shapes, on a laptop
-    python identitize.py --dataset cifar10              # 200 epochs, meant for one GPU: not run
-    shapes, mean of seeds 0, 1, 2: k-means on h has ACC .987; kNN .994, linear .997 (section 6)
+    python identitize.py --dataset cifar10              # 200 epochs: not run; shorter: the README
+    shapes, mean of seeds 0 to 2: k-means on h has ACC .987; kNN .994, linear .997 (section 6)
 """
 import copy
 
@@ -84,7 +84,6 @@ from common import (Meter, Parser, Run, UserError, autocast, baselines, batches,
 # What prevents collapse: L_id is 0 at M = I alone. If all images get equal scores, M is 0 and
 #    L_id is 1. If all clusters and both views are equal, all entries are 1: L_id is lam (K - 1).
 # What it costs: B K^2 products for each matrix, little beside the network.
-
 
 def standardise(s):
     """n = (s - mean_b s) / sqrt(var_b s + 1e-5), for each cluster. (B, K) -> (B, K), at least
@@ -242,6 +241,8 @@ def parse(argv=None):
         if args.swap_weight and "--swap-weight" in given(argv):
             parser.error("--targets sinkhorn has no L_swap: leave out --swap-weight")
         args.swap_weight = 0.
+        if idle := sorted({"--lam", "--correlate"} & given(argv).keys()):
+            print(f"note: without effect beside --targets sinkhorn: {', '.join(idle)}")
     return args
 
 
@@ -265,7 +266,7 @@ def losses(s1, s2, args):
         objective = -(q2 * log_p1 + q1 * log_p2).sum(1).mean() / 2
     else:
         objective = identitization_loss(m if args.correlate == "both" else c, args.lam)
-    swap = swapped_assignment_loss(n1, n2)              # not of s1, s2: see D4
+    swap = swapped_assignment_loss(n1, n2)                         # not of s1, s2: see D4
     loss = args.mu * objective + args.swap_weight * swap
     p1 = n1.detach().softmax(1)
     return loss, {args.targets: objective, "swap": swap, "diagonal": c.diagonal().mean(),
@@ -293,10 +294,10 @@ def draw_matrix(m, epoch):
 
 
 @torch.no_grad()
-def report(args, run, data, net, untrained, index, clusters, statistics, views, matrices):
+def report(args, run, net, untrained, index, clusters, statistics, views, matrices, device):
     """Scores of the frozen backbone beside raw pixels and a random network; pictures. clusters: how
     many k-means looks for; what it finds goes to clusters.csv."""
-    table, device = {}, next(net.parameters()).device
+    data, table = run.data, {}
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     scores, found = evaluate(train_h, test_h, data, clusters, args.seed, index)
     if data.classes:
@@ -305,14 +306,14 @@ def report(args, run, data, net, untrained, index, clusters, statistics, views, 
         print_scores(table, data)
     save_picture(run.folder / "correlation.png", beside(*(
         draw_matrix(matrices[epoch], epoch) for epoch in sorted(matrices, key=int))))
-    raw = fetch(data.train.images, index[:8], torch.device("cpu"))
-    fed = views(raw, generator(args.seed, 0, "picture"))
+    raw, rng = fetch(data.train.images, index[:8], device), generator(args.seed, 0, "picture")
+    fed = views(raw, rng)
     save_views(run.folder / "views.png", raw, fed, statistics)
     run.finish(table, net.backbone, found, statistics)
 
 
 def train(args):
-    # 1. The data, checked before anything is written. clusters: how many the last k-means finds.
+    # 1. The data, checked before anything is written. index: the training images to learn from.
     device, data, index, clusters = prepare(args, DEFAULTS)
     if args.imbalance != 1:
         if data.classes is None or (data.train.labels < 0).any():
@@ -320,7 +321,7 @@ def train(args):
         index = long_tail(data.train.labels, args.imbalance, args.seed)
         if len(index) < max(args.batch_size, clusters):
             raise UserError(f"--imbalance leaves {len(index)} images: too few to batch or cluster")
-    size, k = data.train.images.shape[-1], args.clusters_head
+    n, size, k = len(index), data.train.images.shape[-1], args.clusters_head
     with Run(args, "identitize", data) as run:
         # 2. Network and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
@@ -335,13 +336,13 @@ def train(args):
         saved = run.restore(net=net, optimizer=optimizer)
         matrices = saved.get("matrices") or {
             "0": matrix_now(net, images, index, views, args, device)}
-        forward = torch.compile(net) if args.compile else net
-        print(f"identitize on {data.name}: {len(index):,} images, {describe(backbone, size)}; "
+        forward = torch.compile(net, dynamic=False) if args.compile else net
+        print(f"identitize on {data.name}: {n:,} images, {describe(backbone, size)}; "
               f"{device}, {fast_dtype(device)}; {run.folder}")
         if args.batch_size <= k and args.targets == "identity":
             print(f"note: with K = {k}, M of a batch of {args.batch_size} cannot be the identity")
-        # 3. Epochs.
-        per_epoch = len(index) // args.batch_size
+        # 3. Epochs. The learning rate rises for a twentieth of the steps, then it falls to 0.
+        per_epoch = n // args.batch_size
         steps = per_epoch * args.epochs
         for epoch in range(run.epoch, args.epochs):
             meter = Meter(f"identitize, epoch {epoch + 1}", per_epoch)
@@ -350,8 +351,8 @@ def train(args):
                     batches(images, index, args.batch_size, views, rng, device)):
                 at = epoch * per_epoch + i
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 20))
-                with autocast(device):
-                    s1, s2 = forward(torch.cat([x1, x2])).chunk(2)  # one pass: BatchNorm sees both
+                with autocast(device):                             # one pass: BatchNorm sees both
+                    s1, s2 = forward(torch.cat([x1, x2])).chunk(2)
                 loss, terms, p = losses(s1, s2, args)
                 optimizer.zero_grad()
                 loss.backward()
@@ -360,8 +361,7 @@ def train(args):
                 hits.index_add_(0, p.argmax(1), torch.ones_like(p[:, 0]))
             # 4. The epoch's line: a collapse is seen when it happens.
             record = meter.means()
-            record["clusters"] = int((hits > 0).sum())
-            record["largest"] = (hits.max() / hits.sum()).item()
+            record.update(clusters=int((hits > 0).sum()), largest=(hits.max() / hits.sum()).item())
             record.update(knn_gauge(net.backbone, data, index, statistics, device, epoch, args))
             if epoch + 1 in (args.epochs // 2, args.epochs):
                 matrices[str(epoch + 1)] = matrix_now(net, images, index, views, args, device)
@@ -371,8 +371,8 @@ def train(args):
             if record["largest"] > max(.5, 1.8 / k) or record["confidence"] < 1.1 / k:
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster, "
                       f"mean confidence {record['confidence']:.3f} (1/K is {1 / k:.3f})")
-        # 5. The report. Labels are used from here on; before only by knn_gauge and --imbalance.
-        report(args, run, data, net, untrained, index, clusters, statistics, views, matrices)
+        # 5. The report. Until here labels only served knn_gauge, --train-size and --imbalance.
+        report(args, run, net, untrained, index, clusters, statistics, views, matrices, device)
 
 
 def main(argv=None):
@@ -385,7 +385,7 @@ if __name__ == "__main__":
 # ------------------------------------------------------------------------------------------------
 # 6. What was measured
 # shapes, balanced test images, one CPU thread. ACC: k-means on h; kNN and linear: on h, by labels.
-# Means of seeds 0, 1, 2 and the standard deviation of kNN. The two columns on the right: the rival,
+# Means of seeds 0 to 2 and the standard deviation of kNN. The two columns on the right: the rival,
 # the same with --targets sinkhorn. Raw pixels: kNN .706.
 #                                        ACC   kNN           linear     rival: ACC   kNN
 #     python identitize.py               .987  .994 +- .002  .997              .934  .978 +- .009
@@ -402,7 +402,7 @@ if __name__ == "__main__":
 # The rival with 100 iterations of sinkhorn in place of 3, which brings the sums of its columns to
 # within 4 % of B / K: kNN .948 +- .053, with --imbalance 100 .278 +- .011.
 # --mu 0: the variance of s falls below the 1e-5 of standardise, n goes to 0, P becomes uniform.
-# Other shapes, drawn with another seed, --epochs 4, kNN, mean of seeds 0, 1, 2: default .877;
+# Other shapes, drawn with another seed, --epochs 4, kNN, mean of seeds 0 to 2: default .877;
 # --swap-weight 0: .880; --swap-weight 1, with sharper targets, softmax(2 n): .812. K 64 and lam
 # .045 were a little better there; K 16 and lam .2 make correlation.png readable.
 # CIFAR-10 (saved as JPEG), 10,000 images, tested on 5,000 other training images, --width 16

@@ -1,7 +1,7 @@
 r"""SCL: deep clustering by semantic contrastive learning
 
 After: Jiabo Huang, Shaogang Gong. Deep Clustering by Semantic Contrastive Learning. BMVC 2022.
-arXiv 2103.02662
+https://arxiv.org/abs/2103.02662
 
 This is a RECONSTRUCTION from the abstract. The full text could not be read when it was written. So
 no formula here is quoted and no number of the paper is claimed. What we chose is numbered (D1...).
@@ -31,8 +31,8 @@ agree, and their product chooses the image's cluster for the steps that follow.
     the classes are guessed by the consensus          consensus, in every step after the warm-up
 
     symbol    in the code      shape     meaning (B images in a batch, N in all, K clusters)
-    h         h                2B x D    backbone features of both views, D = 8 * --width
-    z         z                2B x 128  embeddings of both views, of unit length
+    h         h                2B x D    features of both views by the backbone f, D = 8 * --width
+    z         z                2B x 128  embeddings of both views by the head g, of unit length
     M         memory           N x 128   one row for each training image, of unit length
     c         clusters         N         cluster of each training image, one of K
     e         e                2B x 2B   exp(similarity / tau) to each view of the batch; for pv to
@@ -41,8 +41,7 @@ agree, and their product chooses the image's cluster for the steps that follow.
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     weights of the classifier, a linear layer on h
     tau       --tau, --memory-tau        temperature in the batch; in the memory
-    a, b      --alpha, --beta            L = L_sem + a L_con + b L_bal; in the warm-up, and if a is
-                                         0, L_sem alone. f is the backbone, g the head
+    a, b      --alpha, --beta            L = L_sem + a L_con + b L_bal (warm-up, or a = 0: L_sem)
 
 Choices of ours, which may differ from the paper
     D1  L_sem contrasts the views of a batch. We tried a second L_sem, against the memory, in which
@@ -55,7 +54,8 @@ Choices of ours, which may differ from the paper
     D5  A cluster votes by the mean of its members. By their sum, large clusters win by size.
     D6  L_bal is not in the abstract. Views, head, weights, tau, optimizer, schedule are ours, too.
 
-    python scl.py                    # shapes, on a laptop; --dataset cifar10: meant for one GPU
+    python scl.py                                       # ten kinds of shapes, on a laptop
+    python scl.py --dataset cifar10                     # 200 epochs: not run; shorter: the README
     shapes, mean of seeds 0 to 4: ACC .992 by pv; .977 by k-means on z of the baseline (section 6)
 """
 import copy
@@ -67,7 +67,7 @@ from torch import nn
 
 from common import (Meter, Parser, Run, autocast, baselines, batches, clustering, color_jitter,
                     cosine_lr, describe, embed, embed_both, evaluate, fast_dtype, fetch, generator,
-                    heatmap, kmeans, knn_gauge, logistic_regression, normalise, number,
+                    given, heatmap, kmeans, knn_gauge, logistic_regression, normalise, number,
                     pixel_statistics, prepare, print_scores, random_grayscale,
                     random_resized_crop, resnet18, run_script, save_picture, save_views, score,
                     set_lr, to_device)
@@ -89,7 +89,6 @@ from common import (Meter, Parser, Run, autocast, baselines, batches, clustering
 #    cluster. These are too few for votes.
 # What it costs: e of the whole memory is kept for the gradient. 1.2 million rows times 512 views
 #    take 2.5 GB: calculated.
-
 
 def exponentials(z, candidates, tau):
     """e_ij = exp(z_i . y_j / tau)
@@ -183,7 +182,7 @@ def update_memory(memory, rows, z, momentum):
 # 2. The network
 
 class Network(nn.Module):
-    """Backbone f, head g, classifier W. B images -> z (B, 128), logits (B, K)"""
+    """Backbone f, head g, classifier W. Images (B, 3, H, W) -> z (B, 128), logits (B, K)"""
 
     def __init__(self, backbone, features, clusters):
         super().__init__()
@@ -193,11 +192,11 @@ class Network(nn.Module):
         self.classifier = nn.Linear(features, clusters)
 
     def embedding(self, h):
-        """Features (B, D) -> z (B, 128), of unit length; float32 from here on."""
+        """Features (B, D) -> z (B, 128), of unit length; from here on in float32"""
         return F.normalize(self.head(h).float(), dim=1)
 
-    def forward(self, images):
-        h = self.backbone(images)
+    def forward(self, x):
+        h = self.backbone(x)
         return self.embedding(h), self.classifier(h).float()
 
 
@@ -266,7 +265,10 @@ def parse(argv=None):
     add("--memory-tau", type=number(float, .03), default=.1, help="temperature of the votes")
     add("--momentum", type=number(float, 0, 1), default=.5, help="weight of the old row in the "
         "moving average of the memory")
-    return parser.parse(argv, DEFAULTS)
+    args = parser.parse(argv, DEFAULTS)
+    if not args.alpha and "--beta" in given(argv):
+        print("note: without effect beside --alpha 0: --beta")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def parse(argv=None):
 def losses(z, logits, rows, memory, clusters, args):
     """The algorithm in one place. z (2B, 128) and logits (2B, K) of both views; rows (B,) of their
     images in the memory (N, 128); its clusters (N,), None in the warm-up and for the baseline.
-    -> L, {its terms}, pv and ps (2B, K), None without clusters"""
+    -> L, {numbers for the log}, pv and ps (2B, K), None without clusters"""
     b, k = len(rows), logits.shape[1]
     image = torch.arange(b, device=z.device).repeat(2)             # 2B: 0, ..., b - 1, twice
     twin = torch.arange(2 * b, device=z.device).roll(b)            # 2B: the other view of the image
@@ -315,11 +317,10 @@ def predictions(net, h, memory, clusters, tau):
 
 
 @torch.no_grad()
-def report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
-           device):
+def report(args, run, net, untrained, index, memory, clusters, statistics, views, joint, device):
     """Scores of the frozen network and of both predictions, beside raw pixels and a random network;
     pictures. The abstract does not say which prediction is the result; clusters.csv follows pv."""
-    k, table = net.classifier.out_features, {}
+    data, table, k = run.data, {}, net.classifier.out_features
     train_h, test_h = embed_both(net.backbone, data, statistics, device)
     net.eval()
     on_h, found = evaluate(train_h, test_h, data, k, args.seed, index)
@@ -340,14 +341,14 @@ def report(args, run, data, net, untrained, index, memory, clusters, statistics,
         table.update({"k-means, features": on_h, "k-means, embedding": on_z})
         table.update({name: score(data, final, k) for name, final in finals.items()})
         print_scores(table, data)
-    raw = fetch(data.train.images, index[:8], torch.device("cpu"))
-    fed = views(raw, generator(args.seed, 0, "picture"))
+    raw, rng = fetch(data.train.images, index[:8], device), generator(args.seed, 0, "picture")
+    fed = views(raw, rng)
     save_views(run.folder / "views.png", raw, fed, statistics)
     run.finish(table, net.backbone, found, statistics)
 
 
 def train(args):
-    # 1. The data, checked before anything is written.
+    # 1. The data, checked before anything is written. index: the training images to learn from.
     device, data, index, k = prepare(args, DEFAULTS)
     n, size = len(index), data.train.images.shape[-1]
     with Run(args, "scl", data) as run:
@@ -369,9 +370,9 @@ def train(args):
         memory, clusters = (None if saved[name] is None else saved[name].to(device)
                             for name in ("memory", "clusters"))
         joint = saved.get("joint")                                 # of the last epoch
-        forward = torch.compile(net) if args.compile else net
-        print(f"scl on {data.name}: {n:,} images, {describe(backbone, size)}; {device}, "
-              f"{fast_dtype(device)}; {run.folder}")
+        forward = torch.compile(net, dynamic=False) if args.compile else net
+        print(f"scl on {data.name}: {n:,} images, {k} clusters, {describe(backbone, size)}; "
+              f"{device}, {fast_dtype(device)}; {run.folder}")
         # 3. Epochs: from epoch `warm` on with clusters (not for the baseline). In each part the
         #    learning rate rises for a tenth of the steps, then it falls to 0.
         per_epoch, warm = n // args.batch_size, round(args.warmup * args.epochs)
@@ -391,8 +392,8 @@ def train(args):
                     batches(images, index, args.batch_size, views, rng, device)):
                 at, rows = (epoch - first) * per_epoch + i, row[part]
                 set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 10))
-                with autocast(device):
-                    z, logits = forward(torch.cat([x1, x2]))       # one pass: BatchNorm sees both
+                with autocast(device):                             # one pass: BatchNorm sees both
+                    z, logits = forward(torch.cat([x1, x2]))
                 loss, terms, pv, ps = losses(z, logits, rows, memory, clusters, args)
                 optimizer.zero_grad()
                 loss.backward()
@@ -403,10 +404,10 @@ def train(args):
                 optimizer.step()
                 meter.add(loss=loss, **terms)
                 if clusters is not None:
-                    chosen, pair = consensus(pv, ps, args.alpha)
+                    chosen, cells = consensus(pv, ps, args.alpha)
                     if not args.frozen:
                         clusters[rows] = chosen
-                    joint.index_add_(0, pair, torch.ones_like(pair, dtype=joint.dtype))
+                    joint.index_add_(0, cells, torch.ones_like(cells, dtype=joint.dtype))
                 mean_z = F.normalize(sum(z.detach().chunk(2)), dim=1)           # Bx128
                 update_memory(memory, rows, mean_z, args.momentum)
             # 4. The epoch's line: a collapse is seen when it happens.
@@ -422,9 +423,8 @@ def train(args):
                           memory=memory, clusters=clusters, joint=joint)
             if record.get("largest", 0) > max(.5, 1.8 / k):        # 90 % where K is 2
                 print(f"WARNING: collapse: {record['largest']:.0%} of the images in one cluster")
-        # 5. The report. Labels are used from here on; before only by knn_gauge.
-        report(args, run, data, net, untrained, index, memory, clusters, statistics, views, joint,
-               device)
+        # 5. The report. Until here labels only served knn_gauge and --train-size.
+        report(args, run, net, untrained, index, memory, clusters, statistics, views, joint, device)
 
 
 def main(argv=None):
@@ -444,10 +444,10 @@ if __name__ == "__main__":
 #     --contrast instance --alpha 0, by k-means on h    .970 +- .016  .952  .938  .985
 #         by k-means on z                               .977 +- .005  .957  .950  .987
 #     with L_sem against the memory, too (D1), by pv    .969 +- .041  .972  .955
-# Parts left out, seeds 0, 1, 2, ACC by pv: none .993 +- .001; --contrast instance .976 +- .005;
+# Parts left out, seeds 0 to 2, ACC by pv: none .993 +- .001; --contrast instance .976 +- .005;
 #     --frozen, --beta 0, --alpha 0: .989 +- .002 each. So on shapes clusters in the contrast matter
 #     most.
-# 10,000 images, options $F and $C of the README, seeds 0, 1, 2 (CIFAR-10: images saved as JPEG):
+# 10,000 images, options $F and $C of the README, seeds 0 to 2 (CIFAR-10: images saved as JPEG):
 #     Fashion-MNIST, by pv                              .632 +- .005  .582  .471
 #         baseline, by k-means on h                     .623 +- .008  .558  .441  .777
 #         baseline, by k-means on z                     .632 +- .022  .560  .445  .774

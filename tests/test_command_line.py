@@ -439,8 +439,21 @@ def test_detect_takes_no_flag_of_the_training(flag, refused, tmp_path):
 def test_flags_of_a_step_that_is_left_out_are_said_to_have_no_effect(pretext, idle, capsys):
     flags = ["--epochs", "5", "--crop=.3", "--width", "16", "--heads", "3"]
     importlib.import_module("scan").parse([*flags, "--pretext", pretext])
-    assert capsys.readouterr().out == f"without effect beside --pretext: {idle}\n"
+    assert capsys.readouterr().out == f"note: without effect beside --pretext: {idle}\n"
     importlib.import_module("scan").parse(flags)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("script, flags, off, idle", [
+    ("identitize", ["--lam", ".1", "--correlate=between"], ["--targets", "sinkhorn"],
+     "--targets sinkhorn: --correlate, --lam"),
+    ("scl", ["--beta", ".5"], ["--alpha", "0"], "--alpha 0: --beta")])
+def test_flags_of_a_loss_that_is_switched_off_are_said_to_have_no_effect(script, flags, off, idle,
+                                                                         capsys):
+    parse = importlib.import_module(script).parse
+    parse([*flags, *off])
+    assert capsys.readouterr().out == f"note: without effect beside {idle}\n"
+    parse(flags), parse(off)
     assert capsys.readouterr().out == ""
 
 

@@ -175,7 +175,7 @@ def test_heads_learn_on_features_that_are_computed_once(
     text = capsys.readouterr().out
     assert found["labels_seen"] is True and "they learned from labels" in text
     assert {"raw pixels", f"{SMALL} + k-means", "SCAN heads"} <= found["scores"].keys()
-    assert "Step 3 is left out" in text
+    assert "note: step 3 is left out" in text
     # The next run takes the features from the cache: the backbone embeds no image.
     seen, embed = [], common.embed
     monkeypatch.setattr(scan, "embed", lambda net, images, *given, **named: (
