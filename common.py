@@ -14,6 +14,7 @@
 Shapes: N images, B of a batch, H x W pixels, D feature dimensions, K clusters, C classes.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
@@ -74,13 +75,18 @@ class Damaged(Exception):
 def run_script(train, args):
     """Call train(args). An expected failure becomes one line and an exit code: 2 for what the user
     can put right, 1 for what the machine or the numbers did, 128 + n for signal n."""
-    def stop(number, _):
-        raise KeyboardInterrupt(number)
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
+
+    def stop(number, _):
+        for sign in before:                # a second one must not interrupt what the first began
+            signal.signal(sign, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):      # Windows; not the main thread
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # nohup
-                before[name] = signal.signal(getattr(signal, name), stop)
+            sign = getattr(signal, name)
+            if signal.getsignal(sign) != signal.SIG_IGN:           # nohup
+                before[sign] = signal.signal(sign, stop)
+                atexit.register(signal.signal, sign, signal.SIG_IGN)    # Python's end takes seconds
     with contextlib.suppress(AttributeError):                      # a notebook's streams lack it
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")          # letters the terminal lacks
@@ -104,15 +110,15 @@ def run_script(train, args):
         else:
             raise
         line += getattr(error, "resume", "")                       # set by a Run: how to go on
+        try:
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr if code else sys.stdout)
+            print(end="", flush=True)
+        except OSError:                    # "| head" has ended, or the disk is full: say no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = code or 1
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
-    try:
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr if code else sys.stdout)
-        print(end="", flush=True)
-    except OSError:                        # "| head" has ended, or the disk is full: say no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or 1
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
     if code:
         raise SystemExit(code)
 
@@ -153,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         defaults; 'folder' stands for any path."""
         name = given(argv).get("--dataset", "shapes")              # also for --help
         self.set_defaults(**defaults.get(name if name in NAMES else "folder", {}))
-        args = self.parse_args(argv)
+        args = self.parse_args(argv if argv is None else [*map(str, argv)])
         for flag, value in vars(args).items():
             if isinstance(value, str):
                 if not value.strip() or "\0" in value:             # of an unset shell variable
@@ -165,14 +171,18 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help lists every flag)\n")
+
+    def note(self, message):
+        with contextlib.suppress(OSError):                         # run_script will meet it again
+            print(f"note: {message}")
 
 
 def given(argv):
     """The flags that were typed, and what follows each: {'--epochs': '3', '--resume': '', ...}.
     argv: a list; None: the command line"""
     words = []
-    for part in sys.argv[1:] if argv is None else argv:
+    for part in map(str, sys.argv[1:] if argv is None else argv):
         words += part.split("=", 1) if part.startswith("--") else [part]
     return {flag: value for flag, value in zip(words, [*words[1:], ""]) if flag.startswith("--")}
 
@@ -318,15 +328,18 @@ def look_over(data):
     """Warn of flat images and of copies. -> the fingerprint, a hash of the training pixels"""
     train, test = ([hashlib.blake2b(image, digest_size=16).digest() for image in s.images.numpy()]
                    for s in (data.train, data.test))
-    n, seen, x = len(train), set(train), data.train.images
-    flat = (x.amax((2, 3)) - x.amin((2, 3)) <= 2).all(1).sum().item()
-    for count, what in ((flat, "are one flat colour"), (n - len(seen), "are copies of others")):
-        if count > .1 * n:
-            print(f"WARNING: {count:,} of {n:,} training images {what}")
-    twins = sum(h in seen for h in test)
-    if data.has_test and twins:
-        print(f"WARNING: {twins:,} of {len(test):,} test images are copies of training images: kNN "
-              f"is too high")
+    parts, seen = [("training", data.train, train), ("test", data.test, test)], set(train)
+    for word, split, found in parts[:1 + data.has_test]:
+        n, x, copies = len(found), split.images, len(found) - len(set(found))
+        flat = (x.amax((2, 3)) - x.amin((2, 3)) <= 2).all(1).sum().item()
+        for count, what in ((flat, "are one flat colour"), (copies, "are copies of others")):
+            if count > .1 * n:
+                print(f"WARNING: {count:,} of {n:,} {word} images {what}")
+    twins = sum(h in seen for h in test) if data.has_test else len(train) - len(seen)
+    what = "test images are copies of training images" if data.has_test else \
+        "images are copies of others"
+    if twins and data.classes:
+        print(f"WARNING: {twins:,} of {len(test):,} {what}: kNN is too high")
     return hashlib.sha256(b"".join(train)).hexdigest()[:16]
 
 
@@ -530,7 +543,8 @@ def pixel_statistics(images):
 
 ENDINGS = set(".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 SYSTEM = {"__macosx", "__pycache__", "system volume information", "lost+found", "$recycle.bin",
-          "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"}
+          "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "@recently-snapshot", "lost.dir",
+          "recycler", "recycled", "found.000", "network trash folder", "temporary items"}
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
 TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))   # EXIF orientation
@@ -559,9 +573,15 @@ def find_files(root, skip):
         except OSError as error:
             print(f"  left out, cannot be opened: {one_line(error)}")
             continue
-        if parts and {"log.jsonl", "checkpoint.pt", "clusters.csv"} & {e.name for e in entries}:
-            print(f"  left out, holds a run: {one_line(place)}")
+        names = {entry.name for entry in entries}
+        ours = names & {"log.jsonl", "checkpoint.pt", "backbone.pt", "clusters.csv",
+                        "detection.json"}
+        if parts and ours:
+            print(f"  left out, holds {min(ours)} of a run: {one_line(place)}")
             continue
+        if ours:                           # the run lies in the folder of the images itself
+            print(f"  left out, as of a run: {', '.join(sorted(names.intersection(Run.FILES)))}")
+            entries = [entry for entry in entries if entry.name not in Run.FILES]
         opened.append(parts)
         for entry in entries:
             inner = (*parts, entry.name)
@@ -573,7 +593,7 @@ def find_files(root, skip):
                     os.path.isfile(entry.path) or not os.path.exists(entry.path)):
                 files.append(inner)
             elif not os.path.exists(entry.path):
-                print(f"  left out, a link to nothing: {one_line(entry.path)}")
+                print(f"  left out, a link to nothing, or closed: {one_line(entry.path)}")
             else:
                 others[Path(entry.name).suffix.lower() or "without"] += 1
     if others:
@@ -623,8 +643,8 @@ def layout(root, files, labelled, known):
     depth = shared_depth(files, 0, known)
     tops = sorted({f[depth] for f in files if len(f) > depth + 1})
     role_of = {top: role(top) for top in tops}
-    named = [top for top in tops if role_of[top]]
-    alike = [top for top in tops if SPLITS.keys() & re.findall("[a-z]+", top.lower())]
+    named, shown = [top for top in tops if role_of[top]], one_line(", ".join(tops))
+    alike = [top for top in tops if re.search("train|test|val", top.lower())]
     for i, part in enumerate(files[0][:depth]):                    # into test, beside train?
         with contextlib.suppress(OSError):
             if role(part) in ("test", "val") and \
@@ -635,17 +655,17 @@ def layout(root, files, labelled, known):
         groups = {role_of[top]: [f for f in files if f[depth] == top] for top in tops}
         loose = len(files) - sum(len(group) for group in groups.values())
         if "train" not in groups or len(groups) < len(tops):
-            raise UserError(f"{one_line(root)} has the folders {', '.join(tops)}: name exactly one "
+            raise UserError(f"{one_line(root)} has the folders {shown}: name exactly one "
                             f"of them train and no two the same, or give --unlabelled")
         if loose:
-            print(f"  left out, beside {' and '.join(tops)}: {loose:,} images")
+            print(f"  left out, beside {shown}: {loose:,} images")
         depth += 1
     elif named:
         print(f"  taken as classes, not as splits, since other folders lie there too: "
-              f"{', '.join(named)}")
+              f"{one_line(', '.join(named))}")
     elif len(alike) > 1 and any("train" in top.lower() for top in alike):
         print(f"  taken as classes, not as splits, which are folders named train, test or val: "
-              f"{', '.join(alike)}")
+              f"{one_line(', '.join(alike))}")
     classes, chosen = class_of(groups["train"], depth, labelled, known), None
     names = set(classes.values()) - {None}
     if len(names) == 1:
@@ -654,21 +674,23 @@ def layout(root, files, labelled, known):
     deeper = {part for f, label in classes.items() if names
               for part in f[f.index(label, depth) + 1:-1] if role(part)}
     if deeper:                             # cats/train, cats/test, dogs/train, ...
-        print(f"  inside class folders, not taken as splits: {', '.join(sorted(deeper))}")
+        print(f"  inside class folders, not taken as splits: {one_line(', '.join(sorted(deeper)))}")
     found = {f: ("train", label) for f, label in classes.items()}
     for split in [split for split in ("test", "val") if split in groups]:
         inner = class_of(groups[split], depth, labelled or bool(names), names)
         where, has = groups[split][0][depth - 1], set(inner.values()) != {None}
         if chosen or (names and not has):
             why = f"{chosen} is used" if chosen else "it has no class folders, unlike train"
-            print(f"  left out, {where}: {len(groups[split]):,} images: {why}")
+            print(f"  left out, {one_line(where)}: {len(groups[split]):,} images: {why}")
             continue
+        if has and not names:
+            print(f"  class folders of {one_line(where)} are not used, as train has no classes")
         strange = sorted(set(inner.values()) - names) if names else ()
         chosen = where if set(inner.values()) - set(strange) else None
         if strange:
             lost = sum(label in strange for label in inner.values())
-            print(f"  left out, {lost:,} images of {where}, as train lacks these classes: "
-                  f"{one_line(', '.join(strange))}")
+            print(one_line(f"  left out, {lost:,} images of {where}, as train lacks these classes: "
+                           f"{', '.join(strange)}"))
         found.update({f: ("test", label if names else None) for f, label in inner.items()
                       if label not in strange})
     return found
@@ -693,7 +715,7 @@ def read_lines(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+        raise UserError(f"{one_line(path)} cannot be read: {one_line(error)}") from None
 
 
 def _folder(root, data_dir, size, name=None, only=None, unlabelled=False, labelled=False, out=None,
@@ -820,7 +842,7 @@ def look(path):
     try:
         with Image.open(path) as image:
             deep, visible, fits = [], [], image.width * image.height <= MAX_PIXELS
-            sixteen = ";16" in str(image.tile)
+            sixteen = re.search(";16[BLN]|65535", str(image.tile))     # PNG and TIFF; PPM
             several = getattr(image, "is_animated", False) and image.format != "MPO"
             full = levels(image, path) if fits else None
             if full is not None:
@@ -830,7 +852,7 @@ def look(path):
                 visible = grey[alpha > 127] if alpha.min() < 255 else []
             some = [x[np.random.default_rng(0).integers(len(x), size=1000)] if len(x) else []
                     for x in (deep, visible)]
-            lost = ["the lower 8 of 16 bits of colour"] * (sixteen and full is None) + \
+            lost = ["the lower 8 of 16 bits of colour"] * bool(sixteen and full is None) + \
                 ["all pages or frames but the first"] * several
             return *image.size, *some, lost
     except Exception:                                              # Pillow raises many kinds
@@ -1436,8 +1458,21 @@ def try_step(optimizer):
     trial.step()
 
 
+def locked(folder):
+    """Keep a second process from writing to a folder. -> the lock; close() or a kill frees it."""
+    lock = open(folder / ".lock", "a")                             # the file stays
+    with contextlib.suppress(ImportError):                         # on Windows nothing locks
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{one_line(folder)}: another process writes to it") from None
+    return lock
+
+
 class Run:
     """The folder of a run, used as a context. epochs: of all steps, where that is not args.epochs.
+    fits: is the state of a checkpoint complete? What restore() loads need not be looked at.
     A checkpoint is written at the end of an epoch, but at most one in INTERVAL seconds, and at the
     last epoch: a kill costs at most a minute and one epoch of work."""
     INTERVAL = 60
@@ -1447,19 +1482,20 @@ class Run:
              "confusion.png correlation.png neighbours.png mixing.png agreement.png "
              "detection.png").split()
 
-    def __init__(self, args, method, data, epochs=None):
+    def __init__(self, args, method, data, epochs=None, fits=lambda state: True):
         self.args, self.method, self.data, self.epochs = args, method, data, epochs or args.epochs
+        self.fits = fits
         self.folder = Path(args.out or f"runs/{method}-{data.name}-seed{args.seed}")
         self.settings = {k: v for k, v in vars(args).items() if k not in self.FREE}
         self.settings.update(method=method, images=data.fingerprint)
         self.epoch, self.saved, self.log, self.state, self.seconds = 0, 0, [], {}, 0.
         self.name, other = one_line(self.folder), "choose another folder with --out"
         for place in (self.folder, *self.folder.parents):
-            if place.is_file():
-                raise UserError(f"--out {self.name}: {one_line(place)} is a file")
+            if os.path.lexists(place) and not place.is_dir():
+                raise UserError(f"--out {self.name}: {one_line(place)} is a file or a broken link")
         held = [file for file in self.FILES if (self.folder / file).exists()]
         self.usable = [self.folder / file for file in held if file.startswith("checkpoint")]
-        new = set(held) <= {"log.jsonl", "neighbours.png"}         # made before any checkpoint
+        new = set(held) <= {"log.jsonl", "neighbours.png"} and self.no_checkpoint_was_due()
         if held and not args.resume:
             go_on = "continue that run with --resume, or " * bool(self.usable or new)
             raise UserError(f"{self.name} already holds {held[0]}: {go_on}{other}")
@@ -1472,6 +1508,15 @@ class Run:
         if "result.json" in held:
             raise Finished(f"{self.name}: this run is complete; nothing was changed")
 
+    def no_checkpoint_was_due(self):
+        """Is log.jsonl, if there is one, of a run that was stopped before its first checkpoint?"""
+        try:
+            text = (self.folder / "log.jsonl").read_text()
+            seconds = [json.loads(line)["seconds"] for line in text.splitlines()]
+            return len(seconds) < self.epochs and sum(seconds[:-1]) <= self.INTERVAL
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            return isinstance(error, FileNotFoundError)            # else it is of another program
+
     def read(self):
         """Take the newest good checkpoint. Raises UserError if none has these settings."""
         kinds = {"settings": dict, "epoch": int, "seconds": float, "log": list, "state": dict}
@@ -1480,22 +1525,24 @@ class Run:
                 saved = load_checked(self.usable[0])
                 if any(not isinstance(saved[key], kind) for key, kind in kinds.items()) or \
                         [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)) \
-                        or not math.isfinite(saved["seconds"]):
+                        or not math.isfinite(saved["seconds"]) or not self.fits(saved["state"]):
                     raise TypeError("a part of it is of another kind")
                 break
-            except (OSError, Damaged, LookupError, TypeError) as error:
+            except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError) as error:
                 self.drop(error)
         else:
             raise UserError(f"{self.name}: no good checkpoint is left; choose another folder with "
                             f"--out")
         theirs, mine = saved["settings"], self.settings
-        if theirs.get("images") == mine["images"]:                 # their path may differ
-            theirs["dataset"] = mine.get("dataset")
-        for key in sorted({*mine, *theirs}):
+        paths = {os.path.realpath(str(settings.get("dataset"))) for settings in (theirs, mine)}
+        if theirs.get("images") == mine["images"] or len(paths) == 1:
+            theirs["dataset"] = mine.get("dataset")                # it may be written otherwise
+        causes = "method pretext dataset unlabelled labelled classes fit image_size train_size"
+        for key in dict.fromkeys([*causes.split(), "images", *sorted({*mine, *theirs})]):
             if theirs.get(key) != mine.get(key):
                 flag = {"method": "the method", "images": "other images,"}.get(
                     key, "--" + key.replace("_", "-"))
-                why = " (it shapes the learning rate)" if "epochs" in key else ""
+                why = " (it shapes the learning rate)" if key == "epochs" else ""
                 there, here = ("unset" if value is None or value is False else value
                                for value in (theirs.get(key), mine.get(key)))
                 raise UserError(f"{self.name} was made with {flag} {there}, not {here}{why}: give "
@@ -1510,13 +1557,7 @@ class Run:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "a")               # stays; a kill releases it
-        with contextlib.suppress(ImportError):                     # on Windows nothing locks
-            import fcntl
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.name}: another process writes to it") from None
+        self.lock = locked(self.folder)
         for name in self.FILES:
             for left_by_a_kill in self.folder.glob(f"{name}.[0-9]*.tmp"):
                 left_by_a_kill.unlink(missing_ok=True)
@@ -1525,7 +1566,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.lock.close()
-        if error is not None and self.method != "assign" and not isinstance(error, NotFinite):
+        if error is not None and self.method != "assign" and not isinstance(error, NotFinite) and \
+                (self.usable or not self.saved):                   # else no checkpoint is good
             error.resume = f"; --resume goes on after epoch {self.saved}" if self.usable else \
                 "; no checkpoint was due yet, --resume starts anew"
 

@@ -241,8 +241,9 @@ def parse(argv=None):
         if args.swap_weight and "--swap-weight" in given(argv):
             parser.error("--targets sinkhorn has no L_swap: leave out --swap-weight")
         args.swap_weight = 0.
-        if idle := sorted({"--lam", "--correlate"} & given(argv).keys()):
-            print(f"note: without effect beside --targets sinkhorn: {', '.join(idle)}")
+        idle = sorted({"--lam", "--correlate"} & given(argv).keys())
+        if idle:
+            parser.note(f"without effect beside --targets sinkhorn: {', '.join(idle)}")
     return args
 
 
@@ -322,7 +323,10 @@ def train(args):
         if len(index) < max(args.batch_size, clusters):
             raise UserError(f"--imbalance leaves {len(index)} images: too few to batch or cluster")
     n, size, k = len(index), data.train.images.shape[-1], args.clusters_head
-    with Run(args, "identitize", data) as run:
+
+    def fits(state):                       # what a checkpoint holds beside the weights
+        return all(m.shape == (k, k) for m in state["matrices"].values())
+    with Run(args, "identitize", data, fits=fits) as run:
         # 2. Network and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
         backbone = resnet18(size, args.width, args.stem_stride)

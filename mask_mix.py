@@ -70,9 +70,9 @@ from torchvision.models.detection import FasterRCNN, anchor_utils, backbone_util
 from common import (OUTLINES, Damaged, Meter, NotFinite, Parser, Run, UserError, autocast,
                     baselines, batches, color_jitter, cosine_lr, describe, embed, embed_both,
                     evaluate, fast_dtype, fetch, generator, given, grid, knn_accuracy, knn_gauge,
-                    load_checked, normalise, number, one_line, pick_device, pixel_statistics,
-                    prepare, print_scores, random_grayscale, random_resized_crop, resnet18,
-                    run_script, save_picture, save_views, set_lr, to_device, write_text)
+                    load_checked, locked, normalise, number, one_line, pick_device,
+                    pixel_statistics, prepare, print_scores, random_grayscale, random_resized_crop,
+                    resnet18, run_script, save_picture, save_views, set_lr, to_device, write_text)
 
 # ------------------------------------------------------------------------------------------------
 # 1. The loss
@@ -447,11 +447,11 @@ def read_backbone(folder, trained=True):
         net = resnet18(result["size"], *(result["settings"][k] for k in ("width", "stem_stride")))
         if trained:
             net.load_state_dict(load_checked(Path(folder) / "backbone.pt"))
-        return net, (result["mean"], result["std"])
+        return net, [[float(v) for v in result[name]] for name in ("mean", "std")]
     except (OSError, Damaged, ValueError, LookupError, TypeError, AttributeError,
             RuntimeError) as error:
-        raise UserError(f"{folder} is not a finished run of our ResNet-18: {one_line(error)}"
-                        ) from None
+        raise UserError(f"{one_line(folder)} is not a finished run of our ResNet-18: "
+                        f"{one_line(error)}") from None
 
 
 def make_detector(backbone, statistics):
@@ -510,15 +510,18 @@ def detect(args):
     ..., .95. Writes detection.json, and detection.png: eight test scenes with the boxes found on
     RUN's backbone after the last schedule."""
     device, folder, table = pick_device(args.device), Path(args.out or args.detect), {}
-    if (folder / "detection.json").exists():
-        raise UserError(f"{folder} already holds detection.json: choose another folder with --out")
+    for file in ("detection.json", "detection.png"):
+        if (folder / file).exists():
+            raise UserError(f"{one_line(folder)} already holds {file}: choose another folder with "
+                            f"--out")
     torch.manual_seed(args.seed)
     nets = {run: read_backbone(run) for run in (args.detect, args.against) if run}
     nets["random network"] = read_backbone(args.detect, trained=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder)
     except OSError as error:
-        raise UserError(f"--out {folder}: {one_line(error)}") from None
+        raise UserError(f"--out {one_line(folder)}: {one_line(error)}") from None
     images, truth = draw_scenes(max(SCHEDULES), SIDE, args.seed + 1)
     test_images, test_truth = draw_scenes(TEST_SCENES, SIDE, 0)        # whatever the --seed
     print(f"{f'detection in {TEST_SCENES:,} test scenes':40}{'scenes':>8}{'AP50':>8}{'AP':>8}")
@@ -538,7 +541,8 @@ def detect(args):
             picture = detection_picture(test_images[:8], found, test_truth)
     save_picture(folder / "detection.png", picture)
     write_text(folder / "detection.json", json.dumps(table, indent=1) + "\n")
-    print(f"{folder} holds detection.json and detection.png")
+    lock.close()
+    print(f"{one_line(folder)} holds detection.json and detection.png")
 
 
 def main(argv=None):

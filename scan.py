@@ -264,7 +264,7 @@ def load_backbone(path, backbone, args, data):
     """Load a backbone.pt. The result.json beside it tells settings that tensors do not show."""
     ours = {"dataset": data.name, "stem_stride": args.stem_stride, "image_size": args.image_size}
     theirs = {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # no file, not ours
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RuntimeError):  # not ours
         made = json.loads(Path(path).with_name("result.json").read_text())
         theirs = {**made["settings"], "dataset": made["dataset"]}
     if theirs.get("pretext") in MODELS:
@@ -475,7 +475,7 @@ def parse(argv=None):
     if args.pretext:
         args.batch_size = None             # a small set need not allow the batch of step 1
         if idle & typed:
-            print(f"note: without effect beside --pretext: {', '.join(sorted(idle & typed))}")
+            parser.note(f"without effect beside --pretext: {', '.join(sorted(idle & typed))}")
     return args
 
 
@@ -489,6 +489,16 @@ class Best(NamedTuple):                   # within step 2
     epoch: int                            # from 1
     head: int                             # from 0
     net: dict                             # the weights then
+
+
+def fits(state, n, j):
+    """Does a checkpoint hold what its step needs beside the weights? n images with j neighbours"""
+    if state["stage"] == "cluster" and (state["neighbours"].shape != (n, 1 + j) or
+                                        not Best(*state["best"]).net.keys() <= state["net"].keys()):
+        return False
+    needed = {"pretext": (), "cluster": ("scores", "neighbour_accuracy"),
+              "self-label": ("scores", "neighbour_accuracy", "left_out")}[state["stage"]]
+    return all(name in state["notes"] for name in needed)
 
 
 def enter(run, stage, net, optimizer, **held):
@@ -718,8 +728,9 @@ def report(args, run, net, untrained, index, clusters, statistics, size, found, 
 
 
 def train(args):
+    args = copy.copy(args)                 # some are set below; the caller's stay as they are
     file = args.weights if args.pretext in MODELS else args.pretext
-    if file and not args.resume and not Path(file).is_file():
+    if file and (args.weights or not args.resume) and not Path(file).is_file():
         near = [] if args.weights else difflib.get_close_matches(file.lower(), MODELS, 1)
         raise UserError(f"--{'weights' if args.weights else 'pretext'} {one_line(file)}: there is "
                         f"no such file" + "".join(f"; did you mean the model {m}?" for m in near))
@@ -736,7 +747,7 @@ def train(args):
     labels = data.train.labels[later] if data.classes else None
     choose_neighbours(args, len(later), clusters, 200 if args.dataset == "shapes" else 20)
     epochs = (0 if args.pretext else args.epochs) + args.cluster_epochs + args.self_label_epochs
-    run = Run(args, "scan", data, epochs)
+    run = Run(args, "scan", data, epochs, lambda state: fits(state, len(later), args.neighbours))
     torch.manual_seed(args.seed)
     backbone = resnet18(size, args.width, args.stem_stride)
     untrained = copy.deepcopy(backbone).to(device)                 # a baseline of the report
@@ -860,7 +871,8 @@ def train_heads(args):
         index = index[data.train.labels[index] >= 0]
     labels = data.train.labels[index] if data.classes else None
     choose_neighbours(args, len(index), clusters, 50)
-    with Run(args, "scan", data, args.cluster_epochs) as run:
+    with Run(args, "scan", data, args.cluster_epochs,
+             lambda state: fits(state, len(index), args.neighbours)) as run:
         h, test_h = (x.to(device) for x in outputs_of(data, options))               # NxD, MxD
         learn, neighbours, notes = h[index.to(device)], None, None
         scale = Scale(h.shape[1]).to(device)
@@ -906,12 +918,16 @@ def assign(args):
         model = load_checked(file)
         net = build_network(*model["build"])
         net.load_state_dict(model["net"], strict=True)
-        statistics, decoding, names = model["statistics"], model["decoding"], model["map"]
-    except (OSError, Damaged, LookupError, TypeError, ValueError, RuntimeError) as error:
+        statistics, decoding, names = model["statistics"], {**model["decoding"]}, [*model["map"]]
+        name, size, *_, clusters = model["build"]
+        net.eval()(normalise(torch.zeros(1, 3, size, size), statistics))        # does it run?
+        if len(names) not in (0, clusters) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its map is not of its clusters")
+    except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError,
+            RuntimeError) as error:
         why = one_line(error) if file.exists() else "no finished run of scan.py is there"
         raise UserError(f"--assign {one_line(args.assign)}: {why}") from None
     key = f"assign-{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
-    name, size, *_, clusters = model["build"]
     # Our own ResNet, unlike a model of torchvision, does not resize images.
     read_size = None if name in MODELS and args.dataset in IN_MEMORY else size
     options = passing(net.to(device), key, read_size, statistics, device)

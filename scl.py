@@ -267,7 +267,7 @@ def parse(argv=None):
         "moving average of the memory")
     args = parser.parse(argv, DEFAULTS)
     if not args.alpha and "--beta" in given(argv):
-        print("note: without effect beside --alpha 0: --beta")
+        parser.note("without effect beside --alpha 0: --beta")
     return args
 
 
@@ -351,7 +351,12 @@ def train(args):
     # 1. The data, checked before anything is written. index: the training images to learn from.
     device, data, index, k = prepare(args, DEFAULTS)
     n, size = len(index), data.train.images.shape[-1]
-    with Run(args, "scl", data) as run:
+
+    def fits(state):                       # what a checkpoint holds beside the weights
+        clusters = state["clusters"]
+        return state["memory"].shape == (n, 128) and state["joint"].numel() == k * k and \
+            (clusters is None or clusters.shape == (n,))
+    with Run(args, "scl", data, fits=fits) as run:
         # 2. Network, memory and optimizer, and the state of an interrupted run.
         torch.manual_seed(args.seed)
         backbone = resnet18(size, args.width, args.stem_stride)

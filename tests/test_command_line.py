@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,7 +302,8 @@ def complete(tmp_path_factory):
 
 
 # --resume helps where there is a checkpoint, or nothing that is made after the first one.
-GOES_ON = {"checkpoint.pt", "checkpoint.previous.pt", "log.jsonl", "neighbours.png"}
+# A log.jsonl that is not ours belongs to another program.
+GOES_ON = {"checkpoint.pt", "checkpoint.previous.pt", "neighbours.png"}
 
 
 @pytest.mark.parametrize("script, labelled", [*((script, True) for script in SCRIPTS),
@@ -340,6 +342,40 @@ def test_a_run_folder_that_is_a_file_or_under_one_is_refused(script, place, refu
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["gone", "gone/run", "self"])
+def test_a_run_folder_that_is_a_link_to_nothing_is_refused(place, refused, tmp_path):
+    pictures(tmp_path / "pets")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "self").symlink_to("self")
+    assert "broken link" in refused("identitize", *SMALL["identitize"], "--clusters=2", "--dataset",
+                                    tmp_path / "pets", f"--out={tmp_path / place}")
+
+
+# A part of a checkpoint beside its weights, and what it becomes; "absent": it is not there
+PARTS = [("identitize", "matrices", "absent"), ("identitize", "matrices", [1]),
+         ("identitize", "matrices", {"0": torch.zeros(3)}), ("scl", "memory", "absent"),
+         ("scl", "memory", torch.zeros(3, 128)), ("scl", "clusters", torch.zeros(3)),
+         ("scl", "joint", None), ("scan", "stage", "absent"), ("scan", "stage", "third"),
+         ("scan", "notes", {}), ("scan", "notes", None), ("scan", "notes", "text")]
+
+
+@pytest.mark.parametrize("script, part, value", PARTS, ids=range(len(PARTS)))
+def test_a_checkpoint_without_a_part_that_the_method_needs_is_not_used(
+        script, part, value, complete, refused, tmp_path):
+    args = complete(script)[1]
+    shutil.copytree(args.out, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "checkpoint.previous.pt").unlink(missing_ok=True)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    saved["state"].pop(part)
+    if not isinstance(value, str) or value != "absent":
+        saved["state"][part] = value
+    torch.save(saved, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(UserError, match="no good checkpoint is left"):
+        importlib.import_module(script).train(argparse.Namespace(
+            **{**vars(args), "out": str(tmp_path / "run"), "resume": True}))
+
+
 # ------------------------------------------------------------------------------------------------
 # Sound files that are not ours
 
@@ -360,7 +396,8 @@ BACKBONES = {
     "of another shape": weights(**{"layer4.1.bn2.weight": torch.ones(127)}),
     "a part missing": {k: v for k, v in weights().items() if k != "layer4.1.bn2.bias"}}
 RESULTS = [b"", b"no json", b"[1, 2]", b"{}", b"3", b'"text"', b"\xff\xfe\0", b"[" * 9999,
-           b'{"settings": 3, "dataset": "pets"}', b'{"size": "big", "settings": {"width": 16}}']
+           b"[" * 200_000, b'{"settings": 3, "dataset": "pets"}',
+           b'{"size": "big", "settings": {"width": 16}}']
 
 
 def put(path, content):
@@ -455,6 +492,32 @@ def test_flags_of_a_loss_that_is_switched_off_are_said_to_have_no_effect(script,
     assert capsys.readouterr().out == f"note: without effect beside {idle}\n"
     parse(flags), parse(off)
     assert capsys.readouterr().out == ""
+
+
+def test_what_scan_sets_by_the_data_stays_unset_in_the_arguments_of_the_caller(tmp_path):
+    scan = importlib.import_module("scan")
+    args = scan.parse(["--dataset", pictures(tmp_path / "pets"), "--neighbours=50", "--width=16"])
+    with pytest.raises(UserError, match="--neighbours"):           # found after the batch size
+        scan.train(args)
+    assert args.batch_size is None
+
+
+def test_a_note_that_cannot_be_written_ends_in_no_traceback(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert importlib.import_module("scl").parse(["--beta", "2", "--alpha", "0"]).beta == 2
+
+
+def test_arguments_in_a_notebook_may_be_numbers_and_paths(tmp_path):
+    args = importlib.import_module("scan").parse(["--dataset", tmp_path, "--epochs", 3, "--lr", .1])
+    assert (args.dataset, args.epochs, args.lr) == (str(tmp_path), 3, .1)
+
+
+def test_a_word_with_control_characters_is_shown_as_one_line(refused):
+    err = refused("identitize", "--epochs", "3\n\x1b[2J")
+    assert "\x1b" not in err and "--epochs" in err
 
 
 def test_assign_needs_to_be_told_which_images(refused, tmp_path):
@@ -692,6 +755,26 @@ def test_a_signal_ends_with_128_and_its_number_and_its_handler_comes_back(name, 
     with pytest.raises(SystemExit) as caught:
         run_script(lambda args: (os.kill(os.getpid(), number), [None for _ in range(10**8)]), None)
     assert caught.value.code == 128 + number and signal.getsignal(number) == before
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("first, second", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"),
+                                           ("SIGHUP", "SIGINT"), ("SIGINT", "SIGTERM")])
+def test_a_second_signal_does_not_interrupt_what_the_first_one_began(first, second, capsys):
+    numbers = [getattr(signal, name) for name in (first, second)]
+    before, tidied = [signal.getsignal(number) for number in numbers], []
+
+    def train(args):
+        try:
+            os.kill(os.getpid(), numbers[0])
+            [None for _ in range(10**8)]
+        finally:
+            os.kill(os.getpid(), numbers[1])
+            tidied.append(sum(range(10**6)))
+    with pytest.raises(SystemExit) as caught:
+        run_script(train, None)
+    assert caught.value.code == 128 + numbers[0] and tidied
+    assert [signal.getsignal(number) for number in numbers] == before
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 

@@ -258,6 +258,31 @@ def test_detect_writes_into_the_run_folder_once_and_never_over_itself(small_run,
     assert "--out" in capsys.readouterr().err
 
 
+def test_detect_never_writes_over_a_picture(small_run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "detection.png").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        mask_mix.main(["--detect", str(small_run), "--out", str(tmp_path / "mine")])
+    assert "detection.png" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "detection.png").read_text() == "mine"
+
+
+def test_two_detections_do_not_write_into_one_folder(small_run, tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    with common.locked(tmp_path / "both"), pytest.raises(SystemExit, match="2"):
+        mask_mix.main(["--detect", str(small_run), "--out", str(tmp_path / "both")])
+    assert "another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("std", [["a", "b", "c"], 3, None])
+def test_detect_of_a_run_with_strange_statistics_is_one_line(std, small_run, tmp_path, capsys):
+    result = json.loads((small_run / "result.json").read_text())
+    (small_run / "result.json").write_text(json.dumps({**result, "std": std}))
+    with pytest.raises(SystemExit, match="2"):
+        mask_mix.main(["--detect", str(small_run), "--out", str(tmp_path / "out")])
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_detect_of_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         mask_mix.main(["--detect", str(tmp_path)])

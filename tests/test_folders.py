@@ -78,7 +78,8 @@ def near(image, colour, levels=3):
 
 SYSTEM = ["__MACOSX", "@eaDir", ".git", ".ipynb_checkpoints", "$RECYCLE.BIN", ".Trash-1000",
           "System Volume Information", "lost+found", ".@__thumb", "#recycle", "@Recycle",
-          ".AppleDouble", "__pycache__", "$Recycle.Bin"]
+          ".AppleDouble", "__pycache__", "$Recycle.Bin", "LOST.DIR", "FOUND.000", "RECYCLER",
+          "@Recently-Snapshot", "Network Trash Folder", "Temporary Items"]
 
 # The folder, as in `tree`, and flags | training images | test images | what one printed line says
 LAYOUTS = """
@@ -97,6 +98,10 @@ LAYOUTS = """
   Training=2 VAL=2 none=3                                   | same |         | Training&VAL&class
   training_set=2 test_set=3                                 | same     |       | splits&test_set
   seg_train/* seg_test/* seg_pred=1              | seg_pred=1 seg_test=5 seg_train=5 | | named train
+  trainset=2 testset=3                                      | same     |       | splits&testset
+  XTrain=2 XValid=3                                         | same     |       | splits&XTrain
+  train=4 test/cat=1 test/dog=2                             | 4   | 3  | of test are not used
+  train/good=3 val/good=1 val/broken=2                      | 3   | 3  | of val are not used
   train/* test/* xray/train/*                               | test=5 train=5 xray=5 | | train&class
   train/* test/* docs/a.txt labels/1.json new=0             | *        | *
   train/* test/* drafts=-2                                  | *        | *     | drafts
@@ -619,6 +624,24 @@ def test_test_images_that_are_training_images_are_counted_by_their_pixels(tmp_pa
         assert re.search("3 of 4 test images.*train", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("drawn, words", [
+    (lambda i: Image.new("RGB", (12, 12), (20 * i, 0, 0)), "3 of 3 test images are one flat"),
+    (lambda i: noise("one"), "2 of 3 test images are copies of others")])
+def test_a_test_split_that_shows_nothing_is_told(drawn, words, tmp_path, capsys):
+    files = {f"test/cat/{i}.png": drawn(i) for i in range(3)}
+    load(make(tmp_path / "pets", tree("train/*") | files), tmp_path)
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, told", [("*", True), ("test/* train/*", False), ("=20", False)])
+def test_copies_that_help_knn_are_told_where_images_are_scored_by_each_other(text, told, tmp_path,
+                                                                             capsys):
+    place = {"*": "cat/", "=20": ""}.get(text, "train/cat/")
+    twice = {f"{place}{name}.png": noise("one") for name in "ab"}
+    load(make(tmp_path / "pets", tree(text) | {f"{place}more": 20} | twice), tmp_path)
+    assert ("are copies of others: kNN is too high" in capsys.readouterr().out) == told
+
+
 # ------------------------------------------------------------------------------------------------
 # The program's own output
 
@@ -646,6 +669,29 @@ def test_a_folder_that_holds_a_run_is_no_data(finished, gone, place, tmp_path, c
     data = load(root, tmp_path)
     assert count(data.train, data.classes) == tree("*")
     assert place.split("/")[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("files", ["detection.json detection.png", "backbone.pt result.json"])
+def test_a_folder_with_some_of_the_files_of_a_run_is_no_data(files, tmp_path, capsys):
+    own = " ".join(f"out/{file}" for file in files.split())
+    data = load(make(tmp_path / "pets", tree(f"* out/views.png {own}")), tmp_path)
+    assert count(data.train, data.classes) == tree("*")
+    assert re.search("left out, holds .* of a run: .*out", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("mark", ["log.jsonl", "clusters.csv", "backbone.pt"])
+def test_a_run_that_lies_among_the_photos_is_no_data_and_the_photos_are(mark, tmp_path, capsys):
+    own = f"{mark} curves.png prototypes.png sheets=2"
+    data = load(make(tmp_path / "pets", tree(f"raw/* {own}")), tmp_path)
+    assert count(data.train, data.classes) == tree("*")
+    assert re.search("left out, as of a run: .*curves.png.*sheets", capsys.readouterr().out)
+    with pytest.raises(UserError, match="no images"):              # and a run alone is no data set
+        load(make(tmp_path / "run", tree(own)), tmp_path)
+
+
+def test_pictures_with_names_of_a_run_are_data_where_there_is_no_run(tmp_path):
+    data = load(make(tmp_path / "pets", tree("views.png curves.png =2")), tmp_path)
+    assert len(data.train.images) == 4
 
 
 def test_a_second_run_inside_the_photos_sees_the_same_photos(finished, monkeypatch):

@@ -194,6 +194,78 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, names):
     assert open_run(folder, resume=True).epoch == 0
 
 
+RECORDS = [{"epoch": i + 1, "seconds": 20.} for i in range(10)]
+
+
+@pytest.mark.parametrize("records, ours", [
+    (RECORDS[:1], True), (RECORDS[:4], True), (RECORDS[:5], False),  # 80 s: a checkpoint was due
+    (RECORDS, False), ([{"event": "login"}], False), ([1, 2], False), (["text"], False)])
+def test_a_log_of_another_program_or_of_a_longer_run_is_never_begun_anew(records, ours, tmp_path,
+                                                                         monkeypatch):
+    monkeypatch.setattr(Run, "INTERVAL", 60)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before = log.read_bytes()
+    if ours:
+        assert open_run(tmp_path, resume=True).epoch == 0
+    else:
+        with pytest.raises(UserError, match="holds log.jsonl but no checkpoint"):
+            open_run(tmp_path, resume=True)
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag, value, also", [
+    ("pretext", "resnet18", {"batch_size": 5}), ("train_size", 16, {"batch_size": 4}),
+    ("labelled", True, {"batch_size": 7, "images": "bbbb"}), ("images", "bbbb", {"batch_size": 7})])
+def test_of_several_differences_the_cause_is_named(flag, value, also, tmp_path):
+    changed = {flag: value, **also}
+    folder = finished(tmp_path / "run", epochs=1)
+    data = images_of(fingerprint=changed.pop("images", "aaaa"))
+    with pytest.raises(UserError) as caught:
+        open_run(folder, data=data, resume=True, **changed)
+    words = {"images": "other images"}.get(flag, "--" + flag.replace("_", "-"))
+    assert words in str(caught.value) and "batch-size" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset", ["pets/", "./pets", "../here/pets"])
+def test_other_images_are_not_blamed_on_another_spelling_of_their_path(dataset, tmp_path,
+                                                                       monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = finished(tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="other images"):
+        open_run(folder, data=images_of(fingerprint="bbbb"), resume=True, dataset=dataset)
+
+
+@pytest.mark.parametrize("flag, told", [("epochs", True), ("cluster_epochs", False)])
+def test_only_the_epochs_that_shape_the_learning_rate_are_said_to_do_so(flag, told, tmp_path):
+    folder = finished(tmp_path / "run", epochs=1)
+    with pytest.raises(UserError) as caught:
+        open_run(folder, resume=True, **{flag: 12})
+    assert ("learning rate" in str(caught.value)) == told
+
+
+def test_a_checkpoint_that_does_not_fit_the_method_is_left_for_the_one_before(tmp_path, capsys):
+    folder = finished(tmp_path / "run", epochs=3)
+    seen = []
+
+    def fits(state):
+        seen.append(state["matrices"]["0"].shape)
+        return len(seen) > 1
+    args = open_run(tmp_path / "other").args
+    args.out, args.resume = str(folder), True
+    assert Run(args, "identitize", images_of(), fits=fits).epoch == 2 and len(seen) == 2
+    assert capsys.readouterr().err.count("WARNING") == 1
+
+
+def test_without_a_good_checkpoint_no_way_to_go_on_is_promised(tmp_path):
+    folder = finished(tmp_path / "run", epochs=3)
+    with pytest.raises(UserError, match="no good checkpoint") as caught:
+        with open_run(folder, resume=True) as run:
+            run.restore(net=nn.Linear(3, 1), optimizer=parts()["optimizer"])
+    assert not hasattr(caught.value, "resume")
+
+
 @pytest.mark.parametrize("lost", [[], ["checkpoint.pt"], ["checkpoint.previous.pt"], ["log.jsonl"]])
 def test_resume_of_a_complete_run_says_so_and_changes_nothing(tmp_path, lost, capsys):
     end(tmp_path / "run", images_of(), epochs=2)

@@ -508,6 +508,18 @@ def test_assign_needs_a_finished_run(tmp_path):
             scan.assign(scan.parse(flags))
 
 
+@pytest.mark.parametrize("part, value", [
+    ("decoding", []), ("decoding", None), ("map", None), ("map", ["cat"]), ("map", [1, 2, 3]),
+    ("statistics", 3), ("statistics", [torch.zeros(2)] * 2), ("build", ["", 0, 16, 2, 3]),
+    ("build", ["", 32, 16, 0, 3]), ("build", ["", 32, 16, 2, 4]), ("build", "text")])
+def test_assign_refuses_a_model_whose_parts_do_not_fit(part, value, tmp_path):
+    net = scan.build_network("", 32, 16, 2, 3)
+    torch.save({"build": ["", 32, 16, 2, 3], "net": net.state_dict(), "decoding": {}, "map": [],
+                "statistics": [torch.ones(1, 3, 1, 1)] * 2, part: value}, tmp_path / "model.pt")
+    with pytest.raises(common.UserError, match="--assign"):
+        scan.assign(scan.parse(["--assign", str(tmp_path), "--dataset", "shapes"]))
+
+
 @pytest.mark.slow
 def test_a_folder_without_labels_ends_with_a_sheet_for_each_cluster_and_no_score(tmp_path, capsys):
     rng, photos = np.random.default_rng(0), tmp_path / "photos"
