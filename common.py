@@ -824,7 +824,11 @@ def read_files(name, root, files, data_dir, size=None, fit="crop", decoding=None
 def levels(image, path):
     """(H, W) or (H, W, 3) levels of an image of more than 8 bits; None for any other image"""
     if image.mode[0] in "IF":
-        return np.asarray(image, np.float64)
+        full = np.array(image, np.float64)
+        full[np.isfinite(full) & (abs(full) > 1e37)] = math.nan    # "no value", in many rasters
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            full[full == float(image.tag_v2.get(42113))] = math.nan             # the same, by GDAL
+        return full
     if "16B" in str(image.tile):           # colour PNG: Pillow would keep the upper 8 of 16 bits
         with contextlib.suppress(AttributeError, RuntimeError):
             data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 import common
 import identitize
@@ -837,6 +837,25 @@ def test_holes_of_a_float_image_are_black_but_plus_infinity(tmp_path):
     make(tmp_path / "deep", {"a.tif": HOLES, "b.tif": ramp(0, 9)})  # rows 20 to 22: nan, inf, -inf
     image = load(tmp_path / "deep", tmp_path, image_size=64).train.images[0, 0, 20:23, 30:33]
     assert image.tolist() == [[0, 255, 0]] * 3
+
+
+@pytest.mark.parametrize("level, tag", [(-3.4e38, None), (-9999, "-9999"), (-32768, "-32768 ")])
+def test_pixels_without_a_value_do_not_set_the_scale(level, tag, tmp_path):
+    raster, info = ramp(100, 900), TiffImagePlugin.ImageFileDirectory_v2()
+    raster[:8] = level
+    if tag:
+        info[42113] = tag                                          # GDAL_NODATA
+    root = make(tmp_path / "deep", {"b.tif": ramp(100, 900)})
+    Image.fromarray(raster).save(root / "a.tif", tiffinfo=info)
+    image = load(root, tmp_path, image_size=64).train.images[0, 0]
+    assert (image[:8] == 0).all() and len(image[8:].unique()) > 200
+
+
+def test_a_colour_ppm_of_16_bits_is_said_to_lose_some(tmp_path, capsys):
+    camera = np.repeat(ramp(0, 4095, ">u2")[..., None], 3, 2).tobytes()
+    make(tmp_path / "deep", {"a.ppm": b"P6 64 64 65535\n" + camera, "b.ppm": noise(0, (64, 64))})
+    load(tmp_path / "deep", tmp_path)
+    assert "lost, in 1 images: the lower 8 of 16 bits" in capsys.readouterr().out
 
 
 def test_one_hot_pixel_does_not_set_the_scale(tmp_path):
