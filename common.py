@@ -1141,13 +1141,15 @@ class Meter:
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
     """network on un-augmented images in eval mode; its own mode is restored afterwards.
-    images (N, 3, H, W) uint8 -> (N, D) float32 on the device"""
+    images (N, 3, H, W) uint8 -> (N, D) float32 on the device. Raises NotFinite."""
     was_training, out = network.training, []
     network.eval()
     for part in torch.arange(len(images)).split(batch_size):
         with autocast(device):
             out.append(network(normalise(fetch(images, part, device), statistics)).float())
     network.train(was_training)
+    if not all(part.isfinite().all() for part in out):             # of weights that others made
+        raise NotFinite("the network's outputs are not finite")
     return torch.cat(out)
 
 

@@ -420,6 +420,16 @@ def test_a_backbone_that_is_none_is_refused(what, refused, tmp_path):
     assert "other" in refused("mask_mix", "--detect", tmp_path / "other")
 
 
+@pytest.mark.parametrize("name, value", [("bn1.running_var", -1.), ("bn1.weight", 1e38)])
+def test_a_backbone_whose_features_are_no_numbers_ends_in_one_line(name, value, tmp_path, capsys):
+    put(tmp_path / "other" / "backbone.pt", weights(**{name: torch.full((16,), value)}))
+    with pytest.raises(SystemExit) as caught:
+        run("scan", pictures(tmp_path / "pets"), tmp_path / "run", "--clusters=2", "--pretext",
+            str(tmp_path / "other" / "backbone.pt"))
+    err = capsys.readouterr().err
+    assert caught.value.code == 1 and "not finite" in err and len(err.strip().splitlines()) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_old_torch_file_is_checked_as_well(refused, tmp_path):
     torch.save(BACKBONES["NaN"], tmp_path / "b.pt", _use_new_zipfile_serialization=False)
