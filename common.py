@@ -1141,15 +1141,13 @@ class Meter:
 @torch.no_grad()
 def embed(network, images, statistics, device, batch_size=512):
     """network on un-augmented images in eval mode; its own mode is restored afterwards.
-    images (N, 3, H, W) uint8 -> (N, D) float32 on the device. Raises NotFinite."""
+    images (N, 3, H, W) uint8 -> (N, D) float32 on the device"""
     was_training, out = network.training, []
     network.eval()
     for part in torch.arange(len(images)).split(batch_size):
         with autocast(device):
             out.append(network(normalise(fetch(images, part, device), statistics)).float())
     network.train(was_training)
-    if not all(part.isfinite().all() for part in out):             # of weights that others made
-        raise NotFinite("the network's outputs are not finite")
     return torch.cat(out)
 
 
@@ -1335,7 +1333,10 @@ def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, rest
 
     k-means is fitted on train_h[index], the images learned from (None: all); then each image of
     both splits goes to its nearest centroid. kNN and the linear probe use all labelled training
-    images. Without a test split, kNN classifies each image by all the others; there is no probe."""
+    images. Without a test split, kNN classifies each image by all the others; there is no probe.
+    Raises NotFinite for features that are not, as weights of another program may make them."""
+    if not (train_h.isfinite().all() and test_h.isfinite().all()):
+        raise NotFinite("the features of some images are not finite")
     fit = train_h if index is None else train_h[index.to(train_h.device)]
     centre = kmeans(fit, clusters, seed, restarts)[1]
     # (1 - |x - c|^2) / 2 = x . c - |c|^2 / 2. Its softmax, at .1, is the confidence.

@@ -447,7 +447,7 @@ def read_backbone(folder, trained=True):
         net = resnet18(result["size"], *(result["settings"][k] for k in ("width", "stem_stride")))
         if trained:
             net.load_state_dict(load_checked(Path(folder) / "backbone.pt"))
-        return net, [[float(v) for v in result[name]] for name in ("mean", "std")]
+        return net, tuple([float(v) for v in result[name]] for name in ("mean", "std"))
     except (OSError, Damaged, ValueError, LookupError, TypeError, AttributeError,
             RuntimeError) as error:
         raise UserError(f"{one_line(folder)} is not a finished run of our ResNet-18: "
