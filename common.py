@@ -1334,7 +1334,7 @@ def evaluate(train_h, test_h, data, clusters, seed, index=None, probe=True, rest
     k-means is fitted on train_h[index], the images learned from (None: all); then each image of
     both splits goes to its nearest centroid. kNN and the linear probe use all labelled training
     images. Without a test split, kNN classifies each image by all the others; there is no probe.
-    Raises NotFinite for features that are not, as weights of another program may make them."""
+    Raises NotFinite if a feature is not finite: weights of another program can lead to that."""
     if not (train_h.isfinite().all() and test_h.isfinite().all()):
         raise NotFinite("the features of some images are not finite")
     fit = train_h if index is None else train_h[index.to(train_h.device)]
@@ -1487,7 +1487,7 @@ class Run:
     FILES = ("log.jsonl checkpoint.pt checkpoint.previous.pt backbone.pt pretext.pt model.pt "
              "result.json clusters.csv summary.txt sheets views.png curves.png prototypes.png "
              "confusion.png correlation.png neighbours.png mixing.png agreement.png "
-             "detection.png").split()
+             "detection.json detection.png").split()
 
     def __init__(self, args, method, data, epochs=None, fits=lambda state: True):
         self.args, self.method, self.data, self.epochs = args, method, data, epochs or args.epochs
@@ -1532,15 +1532,24 @@ class Run:
                 saved = load_checked(self.usable[0])
                 if any(not isinstance(saved[key], kind) for key, kind in kinds.items()) or \
                         [r["epoch"] for r in saved["log"]] != list(range(1, saved["epoch"] + 1)) \
-                        or not math.isfinite(saved["seconds"]) or not self.fits(saved["state"]):
+                        or not math.isfinite(saved["seconds"]):
                     raise TypeError("a part of it is of another kind")
+                self.compare(saved["settings"])
+                if not self.fits(saved["state"]):
+                    raise TypeError("a part of it does not fit the method")
                 break
             except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError) as error:
                 self.drop(error)
         else:
             raise UserError(f"{self.name}: no good checkpoint is left; choose another folder with "
                             f"--out")
-        theirs, mine = saved["settings"], self.settings
+        self.epoch = self.saved = saved["epoch"]
+        self.seconds, self.log, self.state = saved["seconds"], saved["log"], saved["state"]
+
+    def compare(self, theirs):
+        """Raise UserError if these settings, of a checkpoint, are not those of this run. The first
+        difference is named; those that may be the cause of others come first."""
+        mine = self.settings
         paths = {os.path.realpath(str(settings.get("dataset"))) for settings in (theirs, mine)}
         if theirs.get("images") == mine["images"] or len(paths) == 1:
             theirs["dataset"] = mine.get("dataset")                # it may be written otherwise
@@ -1554,8 +1563,6 @@ class Run:
                                for value in (theirs.get(key), mine.get(key)))
                 raise UserError(f"{self.name} was made with {flag} {there}, not {here}{why}: give "
                                 f"the same, or start a new run in another folder with --out")
-        self.epoch = self.saved = saved["epoch"]
-        self.seconds, self.log, self.state = saved["seconds"], saved["log"], saved["state"]
 
     def drop(self, error):
         bad = one_line(self.usable.pop(0))

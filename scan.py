@@ -505,7 +505,11 @@ def enter(run, stage, net, optimizer, **held):
     """Begin a step. If the checkpoint is of this step, load net and optimizer from it and return
     the `held` saved in it. Else save `held` in a new one (not before step 1) and return it."""
     if run.state.get("stage", "pretext") == stage:
-        return run.restore(net=net, optimizer=optimizer) or held
+        held = run.restore(net=net, optimizer=optimizer) or held
+        if run.state.get("stage", stage) != stage:                 # restore left the newest one
+            raise UserError(f"{run.name}: checkpoint.pt is not good, and the one before it is of "
+                            f"another step: remove checkpoint.pt")
+        return held
     run.save(stage=stage, net=net, optimizer=optimizer, **held)
     run.ended = time.time()                # the next epoch is timed from here
     return held
@@ -730,6 +734,7 @@ def report(args, run, net, untrained, index, clusters, statistics, size, found, 
 def train(args):
     args = copy.copy(args)                 # some are set below; the caller's stay as they are
     file = args.weights if args.pretext in MODELS else args.pretext
+    # With --resume the checkpoint has the weights, but for those of a frozen backbone.
     if file and (args.weights or not args.resume) and not Path(file).is_file():
         near = [] if args.weights else difflib.get_close_matches(file.lower(), MODELS, 1)
         raise UserError(f"--{'weights' if args.weights else 'pretext'} {one_line(file)}: there is "
@@ -922,7 +927,7 @@ def assign(args):
         name, size, *_, clusters = model["build"]
         net.eval()(normalise(torch.zeros(1, 3, size, size), statistics))        # does it run?
         if len(names) not in (0, clusters) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its map is not of its clusters")
+            raise ValueError("its map does not fit its clusters")
     except (OSError, Damaged, LookupError, TypeError, ValueError, AttributeError,
             RuntimeError) as error:
         why = one_line(error) if file.exists() else "no finished run of scan.py is there"

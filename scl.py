@@ -41,7 +41,7 @@ agree, and their product chooses the image's cluster for the steps that follow.
     pv, ps    pv, ps           2B x K    visual and boundary prediction: probabilities
     W         classifier       K x D     weights of the classifier, a linear layer on h
     tau       --tau, --memory-tau        temperature in the batch; in the memory
-    a, b      --alpha, --beta            L = L_sem + a L_con + b L_bal (warm-up, or a = 0: L_sem)
+    a, b      --alpha, --beta            weights: L = L_sem + a L_con + b L_bal (see losses)
 
 Choices of ours, which may differ from the paper
     D1  L_sem contrasts the views of a batch. We tried a second L_sem, against the memory, in which
@@ -277,6 +277,7 @@ def parse(argv=None):
 def losses(z, logits, rows, memory, clusters, args):
     """The algorithm in one place. z (2B, 128) and logits (2B, K) of both views; rows (B,) of their
     images in the memory (N, 128); its clusters (N,), None in the warm-up and for the baseline.
+    Without clusters, and if alpha is 0, L is L_sem alone.
     -> L, {numbers for the log}, pv and ps (2B, K), None without clusters"""
     b, k = len(rows), logits.shape[1]
     image = torch.arange(b, device=z.device).repeat(2)             # 2B: 0, ..., b - 1, twice

@@ -376,6 +376,25 @@ def test_a_checkpoint_without_a_part_that_the_method_needs_is_not_used(
             **{**vars(args), "out": str(tmp_path / "run"), "resume": True}))
 
 
+@pytest.mark.parametrize("script, changed", [
+    ("identitize", {"clusters_head": 7}), ("scl", {"clusters": 3}), ("scl", {"train_size": 8}),
+    ("scan", {"neighbours": 3}), ("scan", {"clusters": 3}), ("mask_mix", {"mask_share": .1})])
+def test_a_checkpoint_of_other_settings_is_refused_by_their_name(script, changed, complete,
+                                                                 tmp_path, capsys):
+    shutil.copytree(complete(script)[1].out, tmp_path / "run")
+    args = {**vars(complete(script)[1]), "out": str(tmp_path / "run"), "resume": True, **changed}
+    with pytest.raises(UserError, match=f"--{next(iter(changed)).replace('_', '-')} "):
+        importlib.import_module(script).train(argparse.Namespace(**args))
+    assert "WARNING" not in capsys.readouterr().err                # it is good, but another one
+
+
+def test_a_checkpoint_of_another_method_is_refused_by_its_name(complete, tmp_path, capsys):
+    shutil.copytree(complete("identitize")[1].out, tmp_path / "run")
+    args = {**vars(complete("scl")[1]), "out": str(tmp_path / "run"), "resume": True}
+    with pytest.raises(UserError, match="the method identitize, not scl"):
+        importlib.import_module("scl").train(argparse.Namespace(**args))
+
+
 # ------------------------------------------------------------------------------------------------
 # Sound files that are not ours
 

@@ -499,6 +499,13 @@ def test_assign_gives_the_images_of_a_run_the_clusters_that_the_run_gave_them(
     assert (tmp_path / "b" / "prototypes.png").exists()
 
 
+def test_a_step_does_not_go_on_from_the_checkpoint_of_another_step():
+    run = SimpleNamespace(name="run", state={"stage": "self-label"})
+    run.restore = lambda **parts: run.state.update(stage="cluster") or {"notes": {}}
+    with pytest.raises(common.UserError, match="remove checkpoint.pt"):
+        scan.enter(run, "self-label", None, None, notes={})
+
+
 def test_assign_needs_a_finished_run(tmp_path):
     flags = ["--assign", str(tmp_path), "--dataset", "shapes", "--out", str(tmp_path / "o")]
     for content, why in ((None, "no finished run"), (b"nothing", "model.pt: File is not a zip")):
