@@ -196,7 +196,7 @@ def parse(argv=None):
     add = parser.training
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
     add("--lr", type=number(float, 0, above=True), default=.1, help="peak learning rate, of SGD")
-    add("--lr-warmup", type=number(float, 0, 1), default=.05, help="share of steps in which it rises")
+    add("--lr-warmup", type=number(float, 0, 1), default=.05, help="share of steps with rising lr")
     add("--predictor-lr", type=number(float, 0, above=True), default=1., help="of q, times --lr")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
