@@ -186,8 +186,8 @@ def make_views(args, statistics):
 # network that tells nothing, for most of the run. Shapes need grey views, or the network tells
 # images apart by their colours.
 DEFAULTS = {                              # per dataset, where they differ from the flags' defaults
-    "shapes": dict(epochs=16, batch_size=32, width=16, stem_stride=2, crop=.5, jitter=.8, gray=.9,
-                   lr_warmup=.2, ema=.9, predictor_lr=5., weight_decay=1e-4),
+    "shapes": dict(epochs=16, batch_size=64, width=16, stem_stride=2, crop=.5, jitter=.8, gray=.9,
+                   lr=.2, ema=.7, predictor_lr=5.),
 }
 
 
@@ -196,7 +196,6 @@ def parse(argv=None):
     add = parser.training
     add("--batch-size", type=number(int, 2), default=256, help="B, images of a step")
     add("--lr", type=number(float, 0, above=True), default=.1, help="peak learning rate, of SGD")
-    add("--lr-warmup", type=number(float, 0, 1), default=.05, help="share of steps with rising lr")
     add("--predictor-lr", type=number(float, 0, above=True), default=1., help="of q, times --lr")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="L2 weight decay")
     add("--crop", type=number(float, 0, 1, above=True), default=.2, help="smallest share of the "
@@ -340,7 +339,7 @@ def train(args):
             net.backbone.compile(dynamic=False)
         print(f"mask_mix on {data.name}: {n:,} images, {describe(backbone, size)}; "
               f"{device}, {fast_dtype(device)}; {run.folder}")
-        # 3. Epochs. The learning rate rises for the first steps, then it falls to 0.
+        # 3. Epochs. The learning rate rises for a twentieth of the steps, then it falls to 0.
         per_epoch = n // args.batch_size
         steps = per_epoch * args.epochs
         for epoch in range(run.epoch, args.epochs):
@@ -349,7 +348,7 @@ def train(args):
             for i, (_, x1, x2, u1, u2, lam) in enumerate(
                     batches(images, index, args.batch_size, views, rng, device)):
                 at = epoch * per_epoch + i
-                set_lr(optimizer, args.lr * cosine_lr(at, steps, round(args.lr_warmup * steps)))
+                set_lr(optimizer, args.lr * cosine_lr(at, steps, warmup=steps // 20))
                 v, u = torch.cat([x1, x2]), torch.cat([u1, u2])                 # 2Bx3xHxW each
                 loss, terms = losses(online, target, v, u, lam, args)
                 optimizer.zero_grad()
