@@ -83,7 +83,7 @@ def test_no_line_is_longer_than_100_columns(file):
 
 
 # common and scan are above the lengths that they aim at, 1,000 and 680 lines: they may not grow.
-@pytest.mark.parametrize("file, lines", [("common", 1802), ("identitize", 414), ("mask_mix", 586),
+@pytest.mark.parametrize("file, lines", [("common", 1802), ("identitize", 414), ("mask_mix", 587),
                                          ("scl", 472), ("scan", 981)])
 def test_a_file_stays_as_long_as_it_may_be_and_its_functions_too(file, lines):
     text = (ROOT / f"{file}.py").read_text()

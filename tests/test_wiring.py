@@ -78,12 +78,15 @@ def test_epochs_are_shuffled_anew_views_differ_and_rates_follow_the_schedule(
     monkeypatch.setattr(module, "report", lambda *_: None)
     if module is identitize:
         monkeypatch.setattr(identitize, "matrix_now", lambda *_: torch.eye(2))
-    tiny(module, tmp_path / "run", "--lr", ".01")
+    warm, flags = (3, ["--lr-warmup", ".25"]) if module is mask_mix else (0, [])
+    tiny(module, tmp_path / "run", "--lr", ".01", *flags)
     assert len(order) == len(rates) == 12                          # 300 images, 2 epochs of 6
     assert not torch.equal(order[0], order[6])
     assert not any(torch.equal(a, b) for a, b in views)
     parts = [6, 6] if module is scl else [12]                      # scl: the warm-up, the rest
-    expected = [.01 * (1 + math.cos(math.pi * s / n)) / 2 for n in parts for s in range(n)]
+    expected = [.01 * (s + 1) / warm if s < warm else
+                .01 * (1 + math.cos(math.pi * (s - warm) / (n - warm))) / 2
+                for n in parts for s in range(n)]
     assert rates == pytest.approx(expected)
 
 
