@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("what most people need").add_argument
         add("--dataset", default="shapes", help=f"{', '.join(NAMES)}, or a folder of images")
         add("--clusters", type=number(int, 2), help="how many to look for; else as many as classes")
-        add("--epochs", type=number(int, 1), default=epochs, help="over the images; SCAN: step 1")
+        add("--epochs", type=number(int, 1), default=epochs, help="passes over data (SCAN: step 1)")
         add("--out", help="run folder; else runs/<method>-<dataset>-seed<seed>")
         add("--resume", action="store_true", help="continue the run in that folder")
         group = self.add_argument_group("where and on what")

@@ -340,7 +340,7 @@ def train(args):
             net.backbone.compile(dynamic=False)
         print(f"mask_mix on {data.name}: {n:,} images, {describe(backbone, size)}; "
               f"{device}, {fast_dtype(device)}; {run.folder}")
-        # 3. Epochs. The learning rate rises for the first steps, then it falls to 0.
+        # 3. Epochs. In a share --lr-warmup of the steps lr rises, then it falls to 0.
         per_epoch = n // args.batch_size
         steps = per_epoch * args.epochs
         for epoch in range(run.epoch, args.epochs):

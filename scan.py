@@ -290,8 +290,8 @@ def sharpness(x, factor):
     """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the border stays. (That of
     torchvision has one factor for all images.)"""
     smooth, inside = x.clone(), (..., slice(1, -1), slice(1, -1))
-    rows = x[..., :-2] + x[..., 1:-1] + x[..., 2:]                 # sums of three neighbours: ten
-    box = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]     # times faster than a pool
+    rows = x[..., :-2] + x[..., 1:-1] + x[..., 2:]                 # avg_pool2d takes longer
+    box = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]
     smooth[inside] = (box + 4 * x[inside]) / 13
     return torch.lerp(smooth, x, factor).clamp_(0, 1)
 
